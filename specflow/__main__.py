@@ -1,0 +1,5 @@
+"""`python -m specflow` is the `specflow` command."""
+
+from specflow.cli import main
+
+main()

@@ -1,0 +1,75 @@
+"""Where things live, relative to the project folder: the names that dvc.yaml, the stages and the docs share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Files of one family. `artifacts/` holds what DVC tracks; `state` what survives a kill and is never an output."""
+
+    root: Path
+    family: str
+    cache: Path
+    """Downloads and dequantised targets, shared between projects; content-keyed."""
+
+    @property
+    def base(self) -> Path:
+        return self.root / "artifacts" / self.family
+
+    @property
+    def target(self) -> Path:
+        return self.base / "target.json"
+
+    @property
+    def prompts(self) -> Path:
+        """Folder: train.jsonl, eval.jsonl, data_report.json."""
+        return self.base / "prompts"
+
+    @property
+    def samples(self) -> Path:
+        """Folder: train.jsonl, eval.jsonl."""
+        return self.base / "samples"
+
+    @property
+    def vocab(self) -> Path:
+        """Folder: vocab.safetensors (d2t, t2d), coverage.json."""
+        return self.base / "vocab"
+
+    @property
+    def manifest(self) -> Path:
+        return self.base / "hidden_states.json"
+
+    @property
+    def draft(self) -> Path:
+        """Folder: config.json, model.safetensors of the trained draft, specflow's own form."""
+        return self.base / "draft"
+
+    @property
+    def export(self) -> Path:
+        """Folder: eagle3/ (plain HF form for vLLM and SGLang), contract.json."""
+        return self.base / "export"
+
+    @property
+    def bench(self) -> Path:
+        """Folder: records.jsonl, summary.json."""
+        return self.base / "bench"
+
+    def metrics(self, stage: str) -> Path:
+        return self.base / "metrics" / f"{stage}.json"
+
+    def plot(self, name: str) -> Path:
+        """A DVC plot file (.json, list of points)."""
+        return self.base / "plots" / name
+
+    @property
+    def report(self) -> Path:
+        """Folder over all families: report.md, report.html."""
+        return self.root / "artifacts" / "report"
+
+    @property
+    def state(self) -> Path:
+        """Resume logs, checkpoints and the hidden-state store: kept outside DVC outs, which DVC deletes first."""
+        return self.root / ".specflow" / self.family

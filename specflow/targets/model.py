@@ -1,0 +1,144 @@
+"""The target model as files: facts recorded by `fetch`, and the parts of it that stages load.
+
+The one place that knows layer numbering: an aux layer id k is the residual stream after k decoder layers, 0 being the
+embeddings (vLLM's convention; transformers' `hidden_states[k]` for k < n). SpecForge's and SGLang's id is k - 1.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from specflow.errors import UserError
+from specflow.files import read_json
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class TargetFacts(BaseModel):
+    """target.json: identity and shape of a fetched target. Written by `fetch`, read by every later stage."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    revision: str
+    digest: str
+    """sha256 over the digests of the weight and config files: the target's identity."""
+    folder: str
+    """Folder of a transformers checkpoint, relative to the cache folder (absolute for `file:` sources)."""
+    files: dict[str, str]
+    """sha256 of each file."""
+    tokenizer_digest: str
+    template_digest: str
+    architecture: str
+    model_type: str
+    num_parameters: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    hidden_act: str
+    max_position_embeddings: int
+    rope_parameters: dict[str, Any]
+    tie_word_embeddings: bool
+    lm_head_key: str
+    embedding_key: str
+    eos_token_ids: list[int]
+    dtype: str
+    chat_template: str | None = None
+    """Path of a template file that replaces the tokenizer's."""
+    trust_remote_code: bool = False
+
+    def path(self, cache: Path) -> Path:
+        folder = cache / self.folder
+        if not (folder / "config.json").exists():
+            raise UserError(f"target folder {folder} is gone from the cache: run `dvc repro -f fetch@<family>` to fetch it")
+        return folder
+
+    def default_aux_layer_ids(self) -> list[int]:
+        """(2, n//2, n-3), the EAGLE-3 default in vLLM's numbering; SpecForge's [1, n//2-1, n-4] are the same tensors."""
+        n = self.num_hidden_layers
+        ids = sorted({min(2, n), n // 2, max(n - 3, 0)})
+        return ids if len(ids) == 3 else list(range(max(n - 2, 0), n + 1))[-3:]
+
+
+def read_facts(path: Path) -> TargetFacts:
+    return TargetFacts.model_validate(read_json(path, what="target facts", made_by="specflow fetch <family>"))
+
+
+def load_model(facts: TargetFacts, cache: Path, *, device: str = "cpu") -> PreTrainedModel:
+    """Load the target in its dtype, in eval mode, gradients off."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        facts.path(cache),
+        dtype=getattr(torch, facts.dtype),
+        trust_remote_code=facts.trust_remote_code,
+        attn_implementation="sdpa",
+    )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(facts: TargetFacts, cache: Path) -> PreTrainedTokenizerBase:
+    """The target's tokenizer, with the family's chat template where it names one. Raises UserError without any."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(facts.path(cache), trust_remote_code=facts.trust_remote_code)
+    if facts.chat_template is not None:
+        tokenizer.chat_template = Path(facts.chat_template).read_text(encoding="utf-8")
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"tokenizer of {facts.source} has no chat template: name a Jinja file in target.chat_template of this family"
+        )
+    return tokenizer
+
+
+def load_tensor(facts: TargetFacts, cache: Path, key: str) -> torch.Tensor:
+    """One tensor of the checkpoint, single-file or sharded, without loading the rest. Dtype as stored."""
+    from safetensors import safe_open
+
+    folder = facts.path(cache)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = json.loads(index.read_text())["weight_map"]
+        if key not in weight_map:
+            raise UserError(f"{folder} has no tensor {key!r}: set target.lm_head_key to one of its tensors")
+        file = folder / weight_map[key]
+    else:
+        file = folder / "model.safetensors"
+    with safe_open(file, framework="pt") as tensors:
+        if key not in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+            raise UserError(f"{file} has no tensor {key!r}: set target.lm_head_key to one of its tensors")
+        return tensors.get_tensor(key)
+
+
+def load_lm_head(facts: TargetFacts, cache: Path) -> torch.Tensor:
+    """Output head [vocab_size, hidden_size], tied or not, in the target's dtype."""
+    import torch
+
+    return load_tensor(facts, cache, facts.lm_head_key).to(getattr(torch, facts.dtype))
+
+
+def load_embedding(facts: TargetFacts, cache: Path) -> torch.Tensor:
+    """Input embedding [vocab_size, hidden_size] in the target's dtype."""
+    import torch
+
+    return load_tensor(facts, cache, facts.embedding_key).to(getattr(torch, facts.dtype))
+
+
+def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
+    """The text decoder (embeddings, layers, final norm) without the output head."""
+    decoder = model.get_decoder()
+    if not hasattr(decoder, "layers"):
+        raise UserError(f"{type(model).__name__} has no list of decoder layers: this architecture cannot be captured yet")
+    return decoder
