@@ -38,7 +38,12 @@ class _OneDnnLinear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [rows, in] @ weight[out, in].T -> [rows, out], differentiable."""
-    if _ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+    if (
+        _ONEDNN
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+    ):
         return _OneDnnLinear.apply(x, weight)
     return F.linear(x, weight)
 
@@ -63,16 +68,22 @@ class PrepackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-def prepack(model: nn.Module) -> nn.Module:
-    """Replace every nn.Linear below `model` by its prepacked form, in place, where this CPU gains from it.
+def packable(weight: Tensor) -> bool:
+    """Whether a weight on this device and in this dtype gains from oneDNN's blocked layout."""
+    return _ONEDNN and weight.device.type == "cpu" and weight.dtype in _PACKABLE
+
+
+def prepack(model: nn.Module, kinds: tuple[type[nn.Linear], ...] = (nn.Linear,)) -> nn.Module:
+    """Replace every linear layer of exactly these `kinds` below `model` by its prepacked form, in place, where this CPU
+    gains from it.
 
     For inference only. Leaves anything but fp32 or bf16 on CPU untouched, so a GPU path stays plain torch.
     """
     if not _ONEDNN:
         return model
     for name, child in model.named_children():
-        if type(child) is nn.Linear and child.weight.device.type == "cpu" and child.weight.dtype in _PACKABLE:
+        if isinstance(child, nn.Linear) and type(child) in kinds and packable(child.weight):
             setattr(model, name, PrepackedLinear(child.weight, child.bias))
         else:
-            prepack(child)
+            prepack(child, kinds)
     return model

@@ -61,7 +61,9 @@ class TargetFacts(BaseModel):
     def path(self, cache: Path) -> Path:
         folder = cache / self.folder
         if not (folder / "config.json").exists():
-            raise UserError(f"target folder {folder} is gone from the cache: run `dvc repro -f fetch@<family>` to fetch it")
+            raise UserError(
+                f"target folder {folder} is gone from the cache: run `dvc repro -f fetch@<family>` to fetch it"
+            )
         return folder
 
     def default_aux_layer_ids(self) -> list[int]:
@@ -122,6 +124,18 @@ def load_tensor(facts: TargetFacts, cache: Path, key: str) -> torch.Tensor:
         return tensors.get_tensor(key)
 
 
+def tensor_names(facts: TargetFacts, cache: Path) -> list[str]:
+    """Names of all tensors of the checkpoint, from the headers alone."""
+    from safetensors import safe_open
+
+    folder = facts.path(cache)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return list(json.loads(index.read_text())["weight_map"])
+    with safe_open(folder / "model.safetensors", framework="pt") as tensors:
+        return list(tensors.keys())
+
+
 def load_lm_head(facts: TargetFacts, cache: Path) -> torch.Tensor:
     """Output head [vocab_size, hidden_size], tied or not, in the target's dtype."""
     import torch
@@ -140,5 +154,7 @@ def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
     """The text decoder (embeddings, layers, final norm) without the output head."""
     decoder = model.get_decoder()
     if not hasattr(decoder, "layers"):
-        raise UserError(f"{type(model).__name__} has no list of decoder layers: this architecture cannot be captured yet")
+        raise UserError(
+            f"{type(model).__name__} has no list of decoder layers: this architecture cannot be captured yet"
+        )
     return decoder

@@ -1,0 +1,272 @@
+"""The EAGLE-3 draft model (arXiv 2503.01840, section 3), in plain PyTorch.
+
+One decoder layer whose q/k/v read `[RMS(embedding); RMS(h)]` and whose residual stream is the un-normed `h`; a pruned
+output head; `fc` that fuses three residual streams of the target. The target's embedding table is not a part of it:
+callers pass embeddings. Training (all rows, all training-time-test steps at once) is `unroll`; serving (rows appended to
+a cache) is `decode`. Both run the same layer.
+
+Row t reads `fc(aux_t)` and the embedding of token t + 1 and predicts token t + 2, at RoPE position t.
+Shape legend: N packed rows, M rows that are supervised at some step (queries), H hidden, A aux streams, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from specflow.drafters.attention import Prefix, ttt_attention
+from specflow.errors import UserError
+from specflow.files import atomic_path, read_json, write_json
+from specflow.kernels import linear
+
+
+class Eagle3Config(BaseModel):
+    """Shape of a draft; RoPE and width follow the target so that a server can share its tables."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    hidden_size: int
+    target_hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    hidden_act: str = "silu"
+    max_position_embeddings: int
+    rope_parameters: dict[str, Any]
+    vocab_size: int
+    """Target vocabulary."""
+    draft_vocab_size: int
+    aux_layer_ids: list[int]
+    """Residual streams read by `fc`, ascending, counted from the embeddings = 0."""
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class Linear(nn.Linear):
+    """A bias-free projection through `kernels.linear`."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
+class Rotary(nn.Module):
+    """Tables of cos and sin by position, from the target's own RoPE parameters (transformers computes them)."""
+
+    def __init__(self, config: Eagle3Config) -> None:
+        super().__init__()
+        from transformers import LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        kind = config.rope_parameters.get("rope_type", "default")
+        if kind in ("dynamic", "longrope"):
+            raise UserError(
+                f"target uses RoPE type {kind!r}, whose angles change with the length: not supported by the draft"
+            )
+        llama = LlamaConfig(
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+            rope_parameters=dict(config.rope_parameters),
+        )
+        with torch.device("cpu"):  # also when the draft itself is built on the meta device
+            self._source = [LlamaRotaryEmbedding(llama)]  # in a list: its buffers are no part of the state
+        self.register_buffer("cos", torch.empty(0, config.head_dim), persistent=False)
+        self.register_buffer("sin", torch.empty(0, config.head_dim), persistent=False)
+
+    def reserve(self, length: int) -> None:
+        """Fill the tables up to `length` positions."""
+        if self.cos.shape[0] < length:
+            positions = torch.arange(max(length, 2 * self.cos.shape[0]))[None]
+            cos, sin = self._source[0](torch.zeros(1, dtype=torch.float32), positions)
+            self.cos, self.sin = cos[0].to(self.cos), sin[0].to(self.sin)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate x [n, heads, head_dim] by cos, sin [n, head_dim] (half-split layout)."""
+        left, right = x.chunk(2, dim=-1)
+        return x * cos[:, None] + torch.cat((-right, left), dim=-1) * sin[:, None]
+
+
+class DraftCache:
+    """Keys and values [kv_heads, max_length, head_dim] of the rows decoded so far; set `length` lower to forget rows."""
+
+    def __init__(
+        self, config: Eagle3Config, max_length: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        shape = (config.num_key_value_heads, max_length, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.length, self.max_length = 0, max_length
+
+
+@dataclass
+class PackedRows:
+    """Whole documents laid end to end, with the rows that training has to compute. Built by `training.packing`."""
+
+    tokens: Tensor
+    """[S, N] int64: tokens[k, t] is the token whose embedding row t reads at step k, that is token t + 1 + k."""
+    aux: Tensor
+    """[N, A * target_hidden]."""
+    positions: Tensor
+    """[N] int64, counted from each document's start."""
+    queries: Tensor
+    """[M] int64 ascending: rows supervised at some step."""
+    prefix: Prefix
+    """Which keys of step 0 each query row attends."""
+
+
+class Eagle3Draft(nn.Module):
+    """The draft; `d2t` [D] int64 offsets (target id = i + d2t[i]) and `t2d` [V] bool are buffers."""
+
+    def __init__(self, config: Eagle3Config) -> None:
+        super().__init__()
+        self.config = c = config
+        q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.fc = Linear(len(c.aux_layer_ids) * c.target_hidden_size, c.hidden_size)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.hidden_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.q_proj = Linear(2 * c.hidden_size, q_size)
+        self.k_proj = Linear(2 * c.hidden_size, kv_size)
+        self.v_proj = Linear(2 * c.hidden_size, kv_size)
+        self.o_proj = Linear(q_size, c.hidden_size)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size)
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.lm_head = Linear(c.hidden_size, c.draft_vocab_size)
+        self.rotary = Rotary(c)
+        self.register_buffer("d2t", torch.zeros(c.draft_vocab_size, dtype=torch.int64))
+        self.register_buffer("t2d", torch.zeros(c.vocab_size, dtype=torch.bool))
+        self._act = _activation(c.hidden_act)
+
+    def project(self, aux: Tensor) -> Tensor:
+        """Fuse aux streams [n, A * target_hidden] into features [n, H]."""
+        return self.fc(aux)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Draft-vocabulary logits [n, D] of recycled (pre-norm) states [n, H]."""
+        return self.lm_head(self.norm(hidden))
+
+    def _inputs(self, embeddings: Tensor, hidden: Tensor) -> Tensor:
+        return torch.cat((self.input_layernorm(embeddings), self.hidden_norm(hidden)), dim=-1)
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        return projected.view(projected.shape[0], -1, self.config.head_dim)
+
+    def _finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Rest of the layer after attention [n, q_size]: residuals around o_proj and the MLP."""
+        hidden = hidden + self.o_proj(attended)
+        x = self.post_attention_layernorm(hidden)
+        return hidden + self.down_proj(self._act(self.gate_proj(x)) * self.up_proj(x))
+
+    def unroll(self, rows: PackedRows, embedding: Tensor) -> list[Tensor]:
+        """Training-time test: recycled states [M, H] of the query rows after steps 0..S-1, gradients through all steps.
+
+        `embedding` [V, H] is the target's table. Step k reads embeddings shifted k further and attends the keys of step 0
+        causally within the document plus the row's own keys of steps 1..k (section 3.2); RoPE position t + k.
+        """
+        num_steps = rows.tokens.shape[0]
+        self.rotary.reserve(int(rows.positions.max()) + num_steps + 1)
+        features = self.project(rows.aux)
+        cos, sin = self.rotary.cos, self.rotary.sin
+        at = rows.positions
+        context = self._inputs(F.embedding(rows.tokens[0], embedding).to(features.dtype), features)
+        keys = self.rotary(self._heads(self.k_proj(context)), cos[at], sin[at])
+        values = self._heads(self.v_proj(context))
+
+        hidden, x, at = features[rows.queries], context[rows.queries], at[rows.queries]
+        own_keys: list[Tensor] = []
+        own_values: list[Tensor] = []
+        steps = []
+        for k in range(num_steps):
+            turn_cos, turn_sin = cos[at + k], sin[at + k]
+            if k > 0:
+                tokens = rows.tokens[k][rows.queries]
+                x = self._inputs(F.embedding(tokens, embedding).to(features.dtype), hidden)
+                own_keys.append(self.rotary(self._heads(self.k_proj(x)), turn_cos, turn_sin))
+                own_values.append(self._heads(self.v_proj(x)))
+            queries = self.rotary(self._heads(self.q_proj(x)), turn_cos, turn_sin)
+            attended = ttt_attention(queries, keys, values, own_keys, own_values, rows.prefix)
+            hidden = self._finish(hidden, attended.reshape(hidden.shape[0], -1))
+            steps.append(hidden)
+        return steps
+
+    @torch.inference_mode()
+    def decode(self, embeddings: Tensor, hidden: Tensor, cache: DraftCache) -> Tensor:
+        """Append n rows (embeddings and hidden [n, H]) to the cache at positions cache.length.. and return recycled states.
+
+        Causal over the cache and the new rows. Raises UserError when the cache is full.
+        """
+        n, start = hidden.shape[0], cache.length
+        end = start + n
+        if end > cache.max_length:
+            raise UserError(
+                f"{end} draft rows do not fit the draft cache of {cache.max_length}: shorten the prompt or max_new_tokens"
+            )
+        self.rotary.reserve(end)
+        cos, sin = self.rotary.cos[start:end], self.rotary.sin[start:end]
+        x = self._inputs(embeddings, hidden)
+        cache.keys[:, start:end] = self.rotary(self._heads(self.k_proj(x)), cos, sin).transpose(0, 1)
+        cache.values[:, start:end] = self._heads(self.v_proj(x)).transpose(0, 1)
+        queries = self.rotary(self._heads(self.q_proj(x)), cos, sin).transpose(0, 1)
+        keys, values = cache.keys[None, :, :end], cache.values[None, :, :end]
+        group = self.config.num_attention_heads // self.config.num_key_value_heads
+        # fold the query heads that share a key head into rows: attention without repeating the keys
+        folded = queries.reshape(1, self.config.num_key_value_heads, group * n, self.config.head_dim)
+        mask = None
+        if n > 1:
+            visible = torch.arange(end, device=x.device) <= torch.arange(start, end, device=x.device)[:, None]
+            mask = torch.zeros_like(visible, dtype=x.dtype).masked_fill_(~visible, float("-inf")).repeat(group, 1)
+        attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
+        attended = attended.view(self.config.num_attention_heads, n, self.config.head_dim).transpose(0, 1)
+        cache.length = end
+        return self._finish(hidden, attended.reshape(n, -1))
+
+
+def _activation(name: str) -> Any:
+    from transformers.activations import ACT2FN
+
+    return F.silu if name == "silu" else ACT2FN[name]
+
+
+def save_draft(draft: Eagle3Draft, folder: Path) -> None:
+    """Write config.json and model.safetensors (fp32 as trained), atomically."""
+    with atomic_path(folder) as temporary:
+        temporary.mkdir(parents=True)
+        write_json(temporary / "config.json", draft.config.model_dump())
+        save_file({k: v.contiguous().cpu() for k, v in draft.state_dict().items()}, temporary / "model.safetensors")
+
+
+def load_draft(folder: Path, device: str = "cpu") -> Eagle3Draft:
+    """Read what `save_draft` wrote. Raises UserError where it is missing or incomplete."""
+    config = Eagle3Config.model_validate(
+        read_json(folder / "config.json", what="draft config", made_by="specflow train_offline <family>")
+    )
+    draft = Eagle3Draft(config)
+    try:
+        draft.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    except (RuntimeError, FileNotFoundError) as error:
+        raise UserError(
+            f"draft in {folder} does not load ({str(error).splitlines()[-1].strip()}): train it again"
+        ) from None
+    return draft.to(device).eval()

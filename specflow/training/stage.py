@@ -1,0 +1,116 @@
+"""Stages `train_offline` and `train_online`: one loop, two sources of hidden states."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from specflow.config import Family, Params
+from specflow.drafters.eagle3 import save_draft
+from specflow.files import sha256_file, sha256_json, write_json
+from specflow.hidden_states import HiddenStateStore
+from specflow.paths import Paths
+from specflow.targets.model import TargetFacts, load_embedding, load_lm_head, load_model, read_facts
+from specflow.training.checkpoint import Checkpoints, Progress
+from specflow.training.features import Features, LiveFeatures, StoredFeatures
+from specflow.training.initial import initial_draft
+from specflow.training.loop import Log, Trainer
+
+logger = logging.getLogger("specflow")
+
+
+def run_offline(name: str, family: Family, params: Params, paths: Paths, log: Log) -> dict[str, float]:
+    """Train from the hidden-state store; returns headline metrics."""
+    facts = read_facts(paths.target)
+    aux_layer_ids = aux_ids(facts, family)
+    store = HiddenStateStore.open(
+        paths.manifest,
+        target_digest=facts.digest,
+        template_digest=facts.template_digest,
+        dtype=family.extract.dtype,
+        aux_layer_ids=aux_layer_ids,
+        verify=True,
+    )
+    return _train("train_offline", family, paths, log, facts, StoredFeatures(store), sha256_file(paths.manifest))
+
+
+def run_online(name: str, family: Family, params: Params, paths: Paths, log: Log) -> dict[str, float]:
+    """Train with the target's forward on the fly; nothing but the draft is written."""
+    facts = read_facts(paths.target)
+    model = load_model(facts, paths.cache, device=_device().type)
+    samples = {split: paths.samples / f"{split}.jsonl" for split in ("train", "eval")}
+    features = LiveFeatures(model, samples, aux_layer_ids=aux_ids(facts, family), extract=family.extract)
+    digest = sha256_json([facts.digest, family.extract.model_dump(), *(sha256_file(path) for path in samples.values())])
+    return _train("train_online", family, paths, log, facts, features, digest)
+
+
+def aux_ids(facts: TargetFacts, family: Family) -> list[int]:
+    return sorted(family.extract.aux_layer_ids or facts.default_aux_layer_ids())
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _train(
+    stage: str,
+    family: Family,
+    paths: Paths,
+    log: Log,
+    facts: TargetFacts,
+    features: Features,
+    data_digest: str,
+) -> dict[str, float]:
+    key = sha256_json(
+        [
+            stage,
+            family.train.model_dump(),
+            data_digest,
+            sha256_file(paths.vocab / "vocab.safetensors"),
+            facts.digest,
+        ]
+    )
+    draft = initial_draft(facts, family, paths.cache, paths.vocab, aux_ids(facts, family))
+    trainer = Trainer(
+        stage=stage,
+        draft=draft,
+        embedding=load_embedding(facts, paths.cache),
+        full_head=load_lm_head(facts, paths.cache),
+        features=features,
+        config=family.train,
+        checkpoints=Checkpoints(paths.state / "checkpoints", key),
+        log=log,
+        device=_device(),
+    )
+    _say_plan(trainer)
+    progress = trainer.run()
+    save_draft(trainer.draft, paths.draft)
+    write_json(paths.plot("training.json"), progress.curves["training"], indent=None)
+    write_json(paths.plot("eval.json"), progress.curves["eval"], indent=None)
+    return _headline(trainer, progress)
+
+
+def _say_plan(trainer: Trainer) -> None:
+    parameters = sum(p.numel() for p in trainer.draft.parameters())
+    tokens = sum(row.length for row in trainer.train_rows)
+    logger.info(
+        "%s: %.1fM parameters, %d documents, %d tokens x %d epochs, %d optimizer steps on %s",
+        trainer.stage, parameters / 1e6, len(trainer.train_rows), tokens, trainer.config.epochs, len(trainer.plan), trainer.device,
+    )  # fmt: skip
+
+
+def _headline(trainer: Trainer, progress: Progress) -> dict[str, float]:
+    best = next(point for point in progress.curves["eval"] if point["step"] == progress.best_step)
+    tokens = sum(row.length for row in trainer.train_rows)
+    return {
+        "expected_acceptance_length": best["expected_acceptance_length"],
+        **{name: value for name, value in best.items() if name.startswith("survival_")},
+        "best_step": progress.best_step,
+        "steps": progress.step,
+        "final_loss": progress.curves["training"][-1]["loss"],
+        "train_tokens": tokens,
+        "train_tok_s": tokens * trainer.config.epochs / progress.seconds,
+        "train_s": progress.seconds,
+        "parameters": sum(p.numel() for p in trainer.draft.parameters()),
+    }
