@@ -93,7 +93,9 @@ def read_jsonl(path: Path, *, what: str = "file", made_by: str | None = None) ->
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise UserError(f"{what} {path} line {number} is not JSON ({error.msg}): mend or remove that line") from None
+            raise UserError(
+                f"{what} {path} line {number} is not JSON ({error.msg}): mend or remove that line"
+            ) from None
     return rows
 
 

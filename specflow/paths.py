@@ -66,10 +66,22 @@ class Paths:
 
     @property
     def report(self) -> Path:
-        """Folder over all families: report.md, report.html."""
-        return self.root / "artifacts" / "report"
+        """Folder over all families: report.md, report.html. Beside `artifacts`, since DVC's report stage depends on all of it."""
+        return self.root / "report"
 
     @property
     def state(self) -> Path:
         """Resume logs, checkpoints and the hidden-state store: kept outside DVC outs, which DVC deletes first."""
-        return self.root / ".specflow" / self.family
+        return project_home(self.root) / ".specflow" / self.family
+
+
+def project_home(root: Path) -> Path:
+    """The project that `root` belongs to: `root`, or for DVC's copy of a queued experiment the folder it was copied from.
+
+    What must outlive such a copy (resume state, hidden-state shards, the MLflow store) lives at the home.
+    """
+    parts = root.resolve().parts
+    for index in range(len(parts) - 2):
+        if parts[index : index + 3] == (".dvc", "tmp", "exps"):
+            return Path(*parts[:index])
+    return root

@@ -1,0 +1,263 @@
+"""Stage `prepare`: raw sources -> prompts/{train,eval}.jsonl and data_report.json.
+
+Usable conversations of all sources are spooled to a temporary file once, and only their order keys and places
+are kept in memory. The order is a hash of seed and first user turn: eval takes from the low end and train
+from the high end, so that more data or more conversations never move one from eval to train's side while both
+ends are apart. Checks that cost (overlap with benchmarks, tokens) run in that order, until enough
+conversations have passed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import statistics
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from specflow.config import Family, Params
+from specflow.data.conversations import Conversation, SourceReport, read_conversations
+from specflow.data.prompt_sets import Question, read_prompt_set
+from specflow.data.template import encode, render
+from specflow.errors import UserError
+from specflow.files import atomic_path, sha256_json, write_json, write_jsonl
+from specflow.paths import Paths
+from specflow.sources import resolve
+from specflow.targets.model import load_tokenizer, read_facts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_NGRAM_WORDS = 13
+"""Shared run of words that counts as overlap with a benchmark: GPT-3's measure (arXiv 2005.14165, C)."""
+_WORD = re.compile(r"\w+")
+
+
+def run(
+    name: str, family: Family, params: Params, paths: Paths, log: Callable[[dict[str, float], int], None]
+) -> dict[str, float]:
+    """Write prompts/: train and eval, disjoint in their first user turn and free of benchmark prompts."""
+    facts = read_facts(paths.target)
+    if family.data.max_prompt_tokens >= facts.max_position_embeddings:
+        raise UserError(
+            f"data.max_prompt_tokens {family.data.max_prompt_tokens} leaves no room for an answer "
+            f"in the target's context of {facts.max_position_embeddings} tokens: lower it"
+        )
+    benchmarks = Benchmarks(
+        {key: read_prompt_set(key, resolve(source, paths.cache)) for key, source in params.prompt_sets.items()}
+    )
+    tokenizer = load_tokenizer(facts, paths.cache)
+    reports = [SourceReport(" + ".join(source.parts)) for source in family.data.sources]
+    dropped: Counter[str] = Counter()
+    paths.state.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile("w+b", dir=paths.state) as spool:
+        order = _spool(_read_all(family, paths.cache, reports), family.data.seed, spool, dropped)
+        chooser = _Chooser(family, tokenizer, benchmarks, spool, dropped)
+        chosen = chooser.choose(order)
+    report = {
+        "sources": [{**vars(report), "damage": report.damage and asdict(report.damage)} for report in reports],
+        "distinct_conversations": len(order),
+        "looked_at": chooser.looked_at,
+        "dropped_conversations": dict(sorted(dropped.items())),
+        **{split: _describe(rows) for split, rows in chosen.items()},
+    }
+    with atomic_path(paths.prompts) as folder:
+        for split, rows in chosen.items():
+            write_jsonl(folder / f"{split}.jsonl", (_row(conversation) for conversation, _ in rows))
+        write_json(folder / "data_report.json", report)
+    return _metrics(reports, dropped, chosen)
+
+
+Chosen = dict[str, list[tuple[Conversation, int]]]
+"""Conversations with their prompt tokens, by split."""
+
+
+def _row(conversation: Conversation) -> dict[str, Any]:
+    return {"id": sha256_json(conversation.messages)[:16], **asdict(conversation)}
+
+
+def _describe(rows: list[tuple[Conversation, int]]) -> dict[str, Any]:
+    tokens = [count for _, count in rows]
+    return {
+        "conversations": len(rows),
+        "user_turns": sum(len(conversation.user_turns) for conversation, _ in rows),
+        "by_category": dict(Counter(conversation.category for conversation, _ in rows).most_common()),
+        "prompt_tokens": {
+            "total": sum(tokens),
+            "mean": round(statistics.fmean(tokens), 1),
+            "median": statistics.median(tokens),
+            "max": max(tokens),
+        },
+    }
+
+
+def _metrics(reports: list[SourceReport], dropped: Counter[str], chosen: Chosen) -> dict[str, float]:
+    return {
+        "records": sum(report.records for report in reports),
+        "dropped_records": sum(report.dropped_records.total() for report in reports),
+        "duplicates": dropped["duplicate"],
+        "benchmark_overlaps": sum(count for reason, count in dropped.items() if reason.startswith("overlaps ")),
+        "bytes_lost": sum(report.damage.bytes_lost for report in reports if report.damage),
+        **{f"{split}_conversations": len(rows) for split, rows in chosen.items()},
+        **{f"{split}_prompt_tokens": sum(count for _, count in rows) for split, rows in chosen.items()},
+    }
+
+
+def normalise_text(text: str) -> str:
+    """Lower-cased words, one blank between them: what deduplication and overlap compare."""
+    return " ".join(_WORD.findall(text.lower()))
+
+
+class Benchmarks:
+    """The questions that no training or eval conversation may overlap."""
+
+    def __init__(self, prompt_sets: dict[str, list[Question]]) -> None:
+        self._texts: dict[str, str] = {}
+        self._ngrams: dict[str, str] = {}
+        for name, questions in prompt_sets.items():
+            for turn in (turn for question in questions for turn in question.turns):
+                text = normalise_text(turn)
+                self._texts[text] = name
+                self._ngrams |= dict.fromkeys(_ngrams(text), name)
+
+    def overlap(self, conversation: Conversation) -> str | None:
+        """Name of a prompt set that shares a whole user turn or 13 words in a row with it, else None."""
+        for message in conversation.messages:
+            text = normalise_text(message["content"])
+            if message["role"] == "user" and text in self._texts:
+                return self._texts[text]
+            for ngram in _ngrams(text):
+                if ngram in self._ngrams:
+                    return self._ngrams[ngram]
+        return None
+
+
+def _ngrams(text: str) -> Iterator[str]:
+    words = text.split(" ")
+    return (" ".join(words[i : i + _NGRAM_WORDS]) for i in range(len(words) - _NGRAM_WORDS + 1))
+
+
+def _read_all(family: Family, cache: Path, reports: list[SourceReport]) -> Iterator[Conversation]:
+    for source, report in zip(family.data.sources, reports, strict=True):
+        yield from read_conversations(source, resolve(source, cache), report)
+
+
+Place = tuple[bytes, bytes, int]
+"""Order key (of the first user turn), key of all user turns, offset in the spool."""
+
+
+def _spool(conversations: Iterable[Conversation], seed: int, spool: IO[bytes], dropped: Counter[str]) -> list[Place]:
+    """Write conversations that are not there yet to `spool`; return their places in order."""
+    order: list[Place] = []
+    seen: set[bytes] = set()
+    for conversation in tqdm(conversations, desc="prepare: read", unit=" conversations"):
+        turns = [" ".join(turn.lower().split()) for turn in conversation.user_turns]
+        key = _hash("\n".join(turns))
+        if key in seen:
+            dropped["duplicate"] += 1
+            continue
+        seen.add(key)
+        order.append((_hash(f"{seed}\n{turns[0]}"), key, spool.tell()))
+        spool.write(json.dumps(asdict(conversation), ensure_ascii=False).encode() + b"\n")
+    return sorted(order)
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+class _Chooser:
+    """Takes eval and train conversations from the two ends of the order, checking each as it comes."""
+
+    def __init__(
+        self,
+        family: Family,
+        tokenizer: PreTrainedTokenizerBase,
+        benchmarks: Benchmarks,
+        spool: IO[bytes],
+        dropped: Counter[str],
+    ) -> None:
+        self.family, self.tokenizer, self.benchmarks = family, tokenizer, benchmarks
+        self.spool, self.dropped = spool, dropped
+        self.looked_at = 0  # conversations checked before both splits were full
+        self.asked: set[bytes] = set()  # what was taken, as cut to max_turns: such a conversation is asked once
+
+    def choose(self, order: list[Place]) -> Chosen:
+        data = self.family.data
+        evals, used = self._take(order, data.eval_conversations, "eval")
+        held_out = {place[0] for place in order[:used]}  # first user turns, so that a follow-up of one stays out too
+        rest = [place for place in reversed(order[used:]) if place[0] not in held_out]
+        train, _ = self._take(rest, data.train_conversations, "train")
+        if len(train) < data.train_conversations:
+            usable = len(train) + len(evals)
+            raise UserError(
+                f"the sources have {usable} usable conversations, expected {data.train_conversations} to train and "
+                f"{data.eval_conversations} to evaluate (dropped: {dict(self.dropped.most_common())}): "
+                "lower data.train_conversations or eval_conversations, or add sources"
+            )
+        return {"train": train, "eval": evals}
+
+    def _take(self, places: list[Place], count: int, split: str) -> tuple[list[tuple[Conversation, int]], int]:
+        """Up to `count` conversations that pass every check, and how many places were looked at."""
+        taken: list[tuple[Conversation, int]] = []
+        with tqdm(total=count, desc=f"prepare: {split}", unit=" conversations") as progress:
+            for looked_at, (_, _, offset) in enumerate(places):
+                if len(taken) == count:
+                    return taken, looked_at
+                self.spool.seek(offset)
+                conversation, tokens = self._check(Conversation(**json.loads(self.spool.readline())))
+                if conversation is not None:
+                    taken.append((conversation, tokens))
+                    progress.update()
+        return taken, len(places)
+
+    def _check(self, conversation: Conversation) -> tuple[Conversation | None, int]:
+        """The conversation within its limits and its prompt tokens; None, counted, if it may not be used."""
+        self.looked_at += 1
+        try:
+            messages, tokens = self._within_limits(conversation.messages)
+        except UserError:  # such as a system message where the template knows none
+            return self._drop(f"chat template refuses it (first role {conversation.messages[0]['role']})")
+        if self.family.sample.engine == "dataset" and messages:
+            messages = messages if messages[-1]["role"] == "assistant" else messages[:-1]
+            if not any(m["role"] == "assistant" for m in messages) or not all(m["content"] for m in messages):
+                return self._drop("has no answers of its own, which sample.engine dataset needs")
+        if not messages:
+            return self._drop("first prompt is longer than max_prompt_tokens")
+        conversation = Conversation(conversation.source, conversation.category, messages)
+        if (prompt_set := self.benchmarks.overlap(conversation)) is not None:
+            return self._drop(f"overlaps {prompt_set}")
+        key = _hash("\n".join(normalise_text(turn) for turn in conversation.user_turns))
+        if key in self.asked:
+            return self._drop("duplicate within max_turns")
+        self.asked.add(key)
+        return conversation, tokens
+
+    def _drop(self, reason: str) -> tuple[None, int]:
+        self.dropped[reason] += 1
+        return None, 0
+
+    def _within_limits(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], int]:
+        """Messages up to the last user turn within max_turns and max_prompt_tokens, and its answer; prompt
+        tokens.
+
+        Answers are the target's to give and do not count: tokens are those of the first rendered prompt plus
+        those of each later user turn with what the template writes around a turn.
+        """
+        data = self.family.data
+        first = next(i for i, message in enumerate(messages) if message["role"] == "user")
+        total, end, turns = 0, 0, 0
+        for i in range(first, len(messages), 2):
+            prompt = render(self.tokenizer, messages[: first + 1] if i == first else [messages[i]], True)
+            total_then = total + len(encode(self.tokenizer, prompt))
+            if turns == data.max_turns or total_then > data.max_prompt_tokens:
+                break
+            total, end, turns = total_then, i + 2, turns + 1
+        return messages[:end], total

@@ -1,0 +1,128 @@
+"""The chat template as text and tokens: prompts, supervised spans, what stands between two turns.
+
+Everything is found in what the template renders, never assumed from a model family: start of an answer is
+where the generation prompt ends, its end is the end of its text plus the special token that the template puts
+right behind it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jinja2
+
+from specflow.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, str]
+"""{"role": "system" | "user" | "assistant", "content": text}"""
+
+_MARK = "\ue000answer\ue000"  # private-use characters: in no answer and nothing that a template trims
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool) -> str:
+    """Text of a conversation under the chat template. Raises UserError where the template refuses it."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except jinja2.TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(
+            f"the chat template refuses a conversation of roles [{roles}] ({' '.join(str(error).split())}): "
+            "drop such conversations, or name another template in target.chat_template"
+        ) from None
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of template text: nothing is added, the template has written its special tokens itself."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message]
+) -> tuple[list[int], list[list[int]]]:
+    """Token ids of a whole conversation and the half-open ranges of them that the assistant generates.
+
+    A range holds the answer (thinking block included, where the template keeps it) and its end-of-turn token,
+    not the newline after it. Raises UserError where an answer cannot be located in the template's output.
+    """
+    text = render(tokenizer, messages, add_generation_prompt=False)
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    specials, spans = _special_tokens(tokenizer), []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        start, end = _answer_range(tokenizer, messages, index, text)
+        end += len(_special_at(text, end, specials))
+        inside = [
+            i
+            for i, (first, last) in enumerate(encoding["offset_mapping"])
+            if start <= first < end and start < last <= end
+        ]
+        if inside:
+            spans.append([inside[0], inside[-1] + 1])
+    return encoding["input_ids"], spans
+
+
+def _answer_range(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], index: int, text: str
+) -> tuple[int, int]:
+    """Characters of the full rendering `text` that answer `index` generates, without its end-of-turn token.
+
+    A rendering with a mark in place of the answer shows what the template puts before and behind it, whatever
+    it does to the answer itself (trims it, opens or strips a thinking block).
+    """
+    marked = [*messages[:index], {"role": "assistant", "content": _MARK}, *messages[index + 1 :]]
+    before, mark, behind = render(tokenizer, marked, add_generation_prompt=False).partition(_MARK)
+    prompt = render(tokenizer, messages[:index], add_generation_prompt=True)
+    end = len(text) - len(behind)
+    # Where the generation prompt opens a block that history lacks, the answer starts behind its bare header.
+    start = len(prompt) if text.startswith(prompt) else len(before) if text.startswith(before) else end + 1
+    if not mark or not text.endswith(behind) or start > end:
+        raise UserError(
+            f"cannot locate the answer {messages[index]['content'][:40]!r} in the chat template's output, "
+            "which changes other turns with it: use a template that does not (target.chat_template)"
+        )
+    return start, end
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Texts of the special tokens, longest first."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
+
+
+def _special_at(text: str, position: int, specials: list[str]) -> str:
+    return next((token for token in specials if text.startswith(token, position)), "")
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Id of the special token that the template puts behind an answer, None where it puts none."""
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    token_ids, spans = encode_conversation(tokenizer, messages)
+    last = token_ids[spans[0][1] - 1]
+    return last if tokenizer.decode([last]) in _special_tokens(tokenizer) else None
+
+
+def next_turn_suffix(
+    tokenizer: PreTrainedTokenizerBase, messages_so_far: list[Message], assistant_text: str, user_text: str
+) -> str | None:
+    """What to append behind a generated answer and its end-of-turn token to pose the next user turn.
+
+    `messages_so_far` ends with the user turn that `assistant_text` (end-of-turn token excluded) answers. None
+    where the template rewrites history, so that the tokens generated so far are no prefix of the next prompt:
+    render it anew.
+    """
+    prompt = render(tokenizer, messages_so_far, add_generation_prompt=True)
+    messages = [
+        *messages_so_far,
+        {"role": "assistant", "content": assistant_text},
+        {"role": "user", "content": user_text},
+    ]
+    following = render(tokenizer, messages, add_generation_prompt=True)
+    generated = prompt + assistant_text
+    if not following.startswith(generated):
+        return None
+    token = _special_at(following, len(generated), _special_tokens(tokenizer))
+    return following[len(generated) + len(token) :] if token else None

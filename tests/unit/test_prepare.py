@@ -1,0 +1,192 @@
+"""Prepare: what is kept, that the splits are disjoint, stable and free of benchmark prompts, and its report."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specflow import config
+from specflow.data import prepare
+from specflow.data.prompt_sets import Question
+from specflow.data.template import encode, render
+from specflow.errors import UserError
+from specflow.paths import Paths
+from specflow.targets import fetch
+from specflow.targets.model import load_tokenizer, read_facts
+from tests.toys import make_conversations, make_prompt_set_file, make_tiny_target
+
+BENCHMARK = "please count every letter of the quiet old garden near the river before the cat sees it"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_target(tmp_path_factory.mktemp("target") / "tiny")
+
+
+def prepared(
+    project: Path, tiny: Path, records: list[Any], *, sample: dict[str, Any] | None = None, **data: Any
+) -> tuple[dict[str, float], dict[str, list[Any]], Any]:
+    """Run fetch and prepare on `records`; return metrics, rows by split and the report."""
+    project.mkdir(exist_ok=True)
+    source = project / "data.json"
+    source.write_text(json.dumps(records))
+    questions = make_prompt_set_file(project / "q.jsonl", 3)
+    with questions.open("a") as stream:
+        stream.write(json.dumps({"question_id": "own", "category": "x", "turns": ["Short one?", BENCHMARK]}) + "\n")
+    options: dict[str, Any] = {
+        "train_conversations": 6,
+        "eval_conversations": 3,
+        "max_prompt_tokens": 256,
+        **data,
+    }
+    params = config.parse_params(
+        {
+            "prompt_sets": {"mine": {"source": f"file:{questions}"}},
+            "families": {
+                "tiny": {
+                    "target": {"source": f"file:{tiny}"},
+                    "data": {"sources": [{"source": f"file:{source}"}], **options},
+                    "sample": sample or {},
+                }
+            },
+        }
+    )
+    paths = Paths(project, "tiny", project / "cache")
+    fetch.run("tiny", params.family("tiny"), params, paths, lambda values, step: None)
+    metrics = prepare.run("tiny", params.family("tiny"), params, paths, lambda values, step: None)
+    rows = {
+        split: [json.loads(line) for line in (paths.prompts / f"{split}.jsonl").read_text().splitlines()]
+        for split in ("train", "eval")
+    }
+    return metrics, rows, json.loads((paths.prompts / "data_report.json").read_text())
+
+
+def first_turns(rows: list[Any]) -> set[str]:
+    return {row["messages"][0]["content"] for row in rows}
+
+
+def ask(*turns: str) -> dict[str, Any]:
+    messages = []
+    for turn in turns:
+        messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": "the cat"}]
+    return {"messages": messages}
+
+
+def test_counts_rows_and_report(tmp_path: Path, tiny: Path) -> None:
+    records = make_conversations(12)
+    broken = {"id": "x", "conversations": [{"from": "gpt", "value": "no question"}]}
+    metrics, rows, report = prepared(tmp_path, tiny, [*records, broken, records[0]])
+    assert (metrics["records"], metrics["dropped_records"], metrics["duplicates"]) == (14, 1, 1)
+    assert (len(rows["train"]), len(rows["eval"])) == (6, 3)
+    assert report["sources"][0]["dropped_records"] == {"no user turn": 1}
+    assert report["distinct_conversations"] == 12
+    assert report["train"]["conversations"] == metrics["train_conversations"] == 6
+    row = rows["train"][0]
+    assert set(row) == {"id", "source", "category", "messages"}
+    assert row["category"] == "general"
+    assert [m["role"] for m in row["messages"]] == ["user", "assistant"] * (len(row["messages"]) // 2)
+    ids = [row["id"] for split in rows.values() for row in split]
+    assert len(set(ids)) == 9
+
+
+def test_same_seed_same_rows_other_seed_other_split(tmp_path: Path, tiny: Path) -> None:
+    records = make_conversations(30)
+    _, one, _ = prepared(tmp_path / "a", tiny, records)
+    _, two, _ = prepared(tmp_path / "a", tiny, list(reversed(records)))
+    assert one == two  # the order of the file does not matter either
+    _, other, _ = prepared(tmp_path / "a", tiny, records, seed=1)
+    assert first_turns(other["eval"]) != first_turns(one["eval"])
+
+
+def test_more_data_or_more_rows_never_move_a_conversation_across(tmp_path: Path, tiny: Path) -> None:
+    records = make_conversations(60)
+    _, few, _ = prepared(tmp_path / "a", tiny, records[:30])
+    _, longer, _ = prepared(tmp_path / "a", tiny, records[:30], train_conversations=12)
+    assert longer["train"][:6] == few["train"]
+    assert longer["eval"] == few["eval"]
+    _, more, _ = prepared(tmp_path / "a", tiny, records)
+    assert not first_turns(more["train"]) & first_turns(few["eval"])
+    assert not first_turns(more["eval"]) & first_turns(few["train"])
+
+
+def test_eval_and_train_share_no_first_user_turn(tmp_path: Path, tiny: Path) -> None:
+    records = [ask(f"question {i % 3}", f"follow up {i}") for i in range(30)]
+    _, rows, _ = prepared(tmp_path, tiny, records, train_conversations=8, eval_conversations=4)
+    assert not first_turns(rows["train"]) & first_turns(rows["eval"])
+    assert len(rows["eval"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("turns", "overlaps"),
+    [
+        (("short ONE",), True),  # equal but for case and punctuation
+        (("short one more",), False),
+        (("fine", "Short one?"), True),
+        (("well: " + " ".join(BENCHMARK.split()[3:16]).upper(),), True),  # 13 words of it
+        (("well: " + " ".join(BENCHMARK.split()[3:15]),), False),  # 12
+    ],
+)
+def test_overlap_with_a_benchmark(turns: tuple[str, ...], overlaps: bool) -> None:
+    benchmarks = prepare.Benchmarks({"mine": [Question("own", "x", ["Short one?", BENCHMARK])]})
+    conversation = prepare.Conversation("s", "c", ask(*turns)["messages"])
+    assert benchmarks.overlap(conversation) == ("mine" if overlaps else None)
+
+
+def test_overlapping_conversations_are_removed_and_counted(tmp_path: Path, tiny: Path) -> None:
+    clean = [ask(f"question number {i}") for i in range(9)]
+    dirty = [ask("Short one?"), ask(f"now {BENCHMARK}")]
+    metrics, rows, report = prepared(tmp_path, tiny, [*clean, *dirty], train_conversations=6, eval_conversations=3)
+    texts = json.dumps(rows)
+    assert "Short one" not in texts
+    assert BENCHMARK not in texts
+    assert report["dropped_conversations"].get("overlaps mine", 0) == metrics["benchmark_overlaps"]
+    assert metrics["train_conversations"] == 6
+    with pytest.raises(UserError, match=r"have 9 usable conversations, expected 7 to train and 3 .*'overlaps mine': 2"):
+        prepared(tmp_path, tiny, [*clean, *dirty], train_conversations=7)
+
+
+def test_turn_and_token_limits(tmp_path: Path, tiny: Path) -> None:
+    records = [ask(f"q {i}", "b", "c", "d") for i in range(9)]
+    _, rows, _ = prepared(tmp_path, tiny, records, max_turns=2)
+    assert {len(row["messages"]) for row in rows["train"]} == {4}
+    long = "cat dog bird " * 40
+    records = [ask(f"q {i}", long) for i in range(9)] + [ask(f"{i} {long}") for i in range(5)]
+    _, rows, report = prepared(tmp_path, tiny, records, max_prompt_tokens=60)
+    assert {len(row["messages"]) for row in rows["train"] + rows["eval"]} == {2}
+    assert set(report["dropped_conversations"]) <= {"first prompt is longer than max_prompt_tokens"}
+    paths = Paths(tmp_path, "tiny", tmp_path / "cache")
+    tokenizer = load_tokenizer(read_facts(paths.target), paths.cache)
+    tokens = [len(encode(tokenizer, render(tokenizer, row["messages"][:1], True))) for row in rows["train"]]
+    assert report["train"]["prompt_tokens"]["total"] == sum(tokens)
+    assert report["train"]["prompt_tokens"]["max"] == max(tokens) <= 60
+
+
+def test_prompt_limit_must_leave_room_in_the_context(tmp_path: Path, tiny: Path) -> None:
+    with pytest.raises(UserError, match=r"max_prompt_tokens 512 leaves no room .*512 tokens"):
+        prepared(tmp_path, tiny, make_conversations(12), max_prompt_tokens=512)
+
+
+def test_dataset_engine_needs_answers(tmp_path: Path, tiny: Path) -> None:
+    answered = [ask(f"question {i}") for i in range(9)]
+    for record in answered:
+        record["messages"].append({"role": "user", "content": "unanswered"})
+    bare = [{"messages": [{"role": "user", "content": f"bare {i}"}]} for i in range(4)]
+    _, rows, _ = prepared(tmp_path, tiny, [*answered, *bare], sample={"engine": "dataset"})
+    assert all(row["messages"][-1]["role"] == "assistant" for row in rows["train"] + rows["eval"])
+    with pytest.raises(UserError, match=r"have 9 usable .*has no answers of its own"):
+        prepared(tmp_path, tiny, [*answered, *bare], sample={"engine": "dataset"}, train_conversations=7)
+
+
+def test_a_template_that_refuses_system_messages_drops_and_counts(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    )
+    target = make_tiny_target(tmp_path / "target", chat_template=template)
+    records = [ask(f"question {i}") for i in range(9)]
+    system = [{"messages": [{"role": "system", "content": "s"}, *ask(f"other {i}")["messages"]]} for i in range(3)]
+    with pytest.raises(UserError, match=r"chat template refuses it \(first role system\)': 3"):
+        prepared(tmp_path / "project", target, [*records, *system], train_conversations=8)
+    _, rows, _ = prepared(tmp_path / "project", target, [*records, *system])
+    assert {row["messages"][0]["role"] for row in rows["train"] + rows["eval"]} == {"user"}
