@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from specflow.errors import UserError
+from specflow.targets.attention import GROUPED, grouped_mask
 from specflow.targets.model import decoder_of
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 class _Window:
     """What the layers need to know of one forward: which rows, where their new tokens go, how far to read."""
 
-    rows: Tensor | None = None  # [b] rows of the cache, None = all in order
+    rows: Tensor | None = None  # [b] rows of the cache, None = the first b in order
     slots: Tensor  # [b, m] position of each new token in its row
     start: int | None = None  # the same for a single row as a plain slice, no index kernels
     end: int = 0  # keys read: max length after the forward
@@ -43,6 +44,14 @@ class _PreallocatedLayer(CacheLayerMixin):
         self.values = value_states.new_zeros((*shape, value_states.shape[3]))
         self.is_initialized = True
 
+    def grow(self, max_length: int) -> None:
+        self.max_length = max_length
+        if self.is_initialized:
+            keys, values = self.keys, self.values
+            self.lazy_initialization(keys, values)
+            self.keys[:, :, : keys.shape[2]] = keys
+            self.values[:, :, : values.shape[2]] = values
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -51,12 +60,14 @@ class _PreallocatedLayer(CacheLayerMixin):
             self.keys[:, :, w.start : w.end] = key_states
             self.values[:, :, w.start : w.end] = value_states
             return self.keys[:, :, : w.end], self.values[:, :, : w.end]
-        rows = torch.arange(self.num_rows, device=key_states.device) if w.rows is None else w.rows
+        b = key_states.shape[0]
+        rows = torch.arange(b, device=key_states.device) if w.rows is None else w.rows
         # advanced indices around the head slice: the target is [b, m, heads, head_dim]
         self.keys[rows[:, None], :, w.slots] = key_states.transpose(1, 2)
         self.values[rows[:, None], :, w.slots] = value_states.transpose(1, 2)
-        keys, values = self.keys[:, :, : w.end], self.values[:, :, : w.end]
-        return (keys, values) if w.rows is None else (keys[rows], values[rows])
+        if w.rows is None:  # a view: no row of the cache is copied
+            return self.keys[:b, :, : w.end], self.values[:b, :, : w.end]
+        return self.keys[rows, :, : w.end], self.values[rows, :, : w.end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.window.end, 0
@@ -88,6 +99,7 @@ class CachedTarget:
         self.aux_layer_ids = list(aux_layer_ids)
         self._hooks = capture_hooks(self.decoder, self.aux_layer_ids, self._aux)
         config = model.config.get_text_config()
+        self._num_groups = config.num_attention_heads // config.num_key_value_heads
         self._sliding_window = getattr(config, "sliding_window", None)
         self._layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
         if unknown := self._layer_types - {"full_attention", "sliding_attention"}:
@@ -95,14 +107,14 @@ class CachedTarget:
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, rows: Sequence[int] | None = None, counts: Sequence[int] | None = None) -> Tensor:
-        """Append `token_ids` [b, m] to `rows` (default: all) and return the post-norm states [b, m, hidden].
+        """Append `token_ids` [b, m] to `rows` (default: the first b) and return the post-norm states [b, m, hidden].
 
         `counts` [b] says how many of the m tokens are real where rows differ (right padding); the padding is written
         beyond the row's new length, is never attended by real tokens and is overwritten by the next call.
         Afterwards `aux()` holds the captured residual streams of the same tokens.
         """
         b, m = token_ids.shape
-        index = torch.arange(self.num_rows) if rows is None else torch.tensor(list(rows))
+        index = torch.arange(b) if rows is None else torch.tensor(list(rows))
         lengths = self.lengths[index]
         w = self._window
         w.end = int(lengths.max()) + m
@@ -123,16 +135,37 @@ class CachedTarget:
         return output.last_hidden_state
 
     def _mask(self, slots: Tensor, end: int, ragged: bool) -> Any:
-        """Boolean masks [b, 1, m, end] by layer type; None where a single query sees everything."""
+        """Masks [b, 1, m, end] by layer type, in the form the attention takes; None where a query sees everything."""
         sliding = self._sliding_window is not None and "sliding_attention" in self._layer_types
         if not sliding and (not ragged or (self.num_rows == 1 and int(slots[0, 0]) == 0)):
             return None  # one token of one row, or a fresh prompt: sdpa's own causal path
         keys = torch.arange(end, device=self.device)
         full = (keys <= slots[:, :, None])[:, None]
         if not sliding:
-            return full
+            return self._attention_mask(full)
         near = full & (keys > slots[:, :, None] - self._sliding_window)[:, None]
-        return {"full_attention": full, "sliding_attention": near}
+        return {"full_attention": self._attention_mask(full), "sliding_attention": self._attention_mask(near)}
+
+    def _attention_mask(self, allowed: Tensor) -> Tensor:
+        grouped = self.model.config._attn_implementation == GROUPED
+        return grouped_mask(allowed, self._num_groups, self.model.dtype) if grouped else allowed
+
+    @torch.inference_mode()
+    def reserve(self, max_length: int) -> None:
+        """Make room for rows of `max_length` tokens; what they hold stays."""
+        if max_length > self.max_length:
+            self.max_length = max_length
+            for layer in self._cache.layers:
+                layer.grow(max_length)
+
+    @torch.inference_mode()
+    def move_row(self, source: int, into: int) -> None:
+        """Copy what row `source` holds over row `into`, so that the rows in use can be kept at the front."""
+        length = int(self.lengths[source])
+        for layer in self._cache.layers:
+            layer.keys[into, :, :length] = layer.keys[source, :, :length]
+            layer.values[into, :, :length] = layer.values[source, :, :length]
+        self.lengths[into] = length
 
     def aux(self) -> Tensor:
         """Residual streams [b, m, len(aux_layer_ids) * hidden] of the last forward, in ascending layer order."""

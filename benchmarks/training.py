@@ -1,0 +1,190 @@
+"""Training throughput, as ratios measured side by side in one process: `python benchmarks/training.py [--family smollm2]`.
+
+1. Share of this machine's fp32 GEMM peak that a training step reaches, counting useful FLOPs only.
+2. A batch of 2 x 256 random tokens, all supervised, at TTT 3 and 7, beside the peers' figures for the same batch and draft
+   (measured where torch's fp32 GEMM peak was 184 GFLOP/s; scaled here by today's peak of the same product).
+3. With --family: the family's own documents packed, against the same documents right-padded to the longest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from specflow import kernels
+from specflow.config import Train, load_params
+from specflow.drafters.eagle3 import Eagle3Config, Eagle3Draft
+from specflow.hidden_states import HiddenStateStore
+from specflow.stage import family_paths
+from specflow.training.checkpoint import Checkpoints
+from specflow.training.features import StoredFeatures
+from specflow.training.loop import Trainer
+from specflow.training.packing import Batch, Document, pack, plan_batches
+
+PEERS_TOK_S = {3: ("speculators, trained head", 636.0), 7: ("plain prototype", 308.0)}
+PEERS_PEAK_GFLOPS = 184.0
+H, D, V, INTERMEDIATE = 576, 8192, 49152, 1536
+CONFIG = Eagle3Config(
+    hidden_size=H,
+    target_hidden_size=H,
+    intermediate_size=INTERMEDIATE,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=8192,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+    vocab_size=V,
+    draft_vocab_size=D,
+    aux_layer_ids=[2, 15, 27],
+)
+
+
+class NoFeatures:
+    def __init__(self, documents: list[Document]) -> None:
+        self.documents_ = documents
+
+    def rows(self, split: str) -> list[Row]:
+        return [Row(d) for d in self.documents_]
+
+    def documents(self, rows: list[Row]) -> list[Document]:
+        return [row.document for row in rows]
+
+
+class Row:
+    def __init__(self, document: Document) -> None:
+        self.id, self.length, self.spans, self.document = document.id, len(document.token_ids), document.spans, document
+
+
+def best_of(runs: int, work: Callable[[], object]) -> float:
+    work()
+    times = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def gemm_peaks() -> tuple[float, float]:
+    """GFLOP/s of a 2048-cubed fp32 product: torch's own, and through kernels.matmul."""
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    work = 2 * 2048**3 / 1e9
+    return work / best_of(8, lambda: a @ b), work / best_of(8, lambda: kernels.matmul(a, b))
+
+
+def make_trainer(documents: list[Document], ttt_steps: int) -> Trainer:
+    torch.manual_seed(0)
+    draft = Eagle3Draft(CONFIG)
+    chosen = torch.randperm(V)[:D].sort().values
+    draft.d2t.copy_(chosen - torch.arange(D))
+    draft.t2d[chosen] = True
+    table = torch.randn(V, H) * 0.05
+    return Trainer(
+        stage="benchmark",
+        draft=draft,
+        embedding=table,
+        full_head=table,
+        features=NoFeatures(documents),
+        config=Train(ttt_steps=ttt_steps, epochs=1),
+        checkpoints=Checkpoints(Path("/nonexistent"), "benchmark"),
+        log=lambda values, step: None,
+        device=torch.device("cpu"),
+    )
+
+
+def useful_flops(batch: Batch) -> float:
+    """Products that the definition needs, forward and backward (3 x), and the teacher's (1 x). No attention, no norms."""
+    n, m = len(batch.rows.positions), len(batch.rows.queries)
+    q, kv = 576, 192
+    layer = 2 * H * q + q * H + 3 * H * INTERMEDIATE
+    total = 3 * (n * 3 * H * H + n * 2 * (2 * H * kv)) - n * 3 * H * H  # no gradient is needed in the captured states
+    for k, rows in enumerate(batch.supervised):
+        total += 3 * (m * layer + (m * 2 * (2 * H * kv) if k else 0) + len(rows) * H * D)
+    return 2.0 * (total + len(batch.teacher_states) * H * D)
+
+
+def random_document(length: int, spans: list[tuple[int, int]]) -> Document:
+    return Document("x", torch.randint(V, (length,)), torch.randn(length, 3 * H), torch.randn(length, H), spans)
+
+
+def time_steps(trainer: Trainer, batches: list[Batch], runs: int) -> float:
+    """Seconds of one optimizer step per batch, all of them."""
+    return best_of(runs, lambda: [trainer.step([batch], 0) for batch in batches])
+
+
+def peers(runs: int) -> None:
+    for ttt_steps, (peer, peer_tok_s) in PEERS_TOK_S.items():
+        documents = [random_document(256, [(0, 256)]) for _ in range(2)]
+        trainer, batch = make_trainer(documents, ttt_steps), pack(documents, ttt_steps)
+        ratios, shares = [], []
+        for _ in range(3):
+            plain, onednn = gemm_peaks()
+            seconds = time_steps(trainer, [batch], runs)
+            ratios.append(512 / seconds / (peer_tok_s * plain / PEERS_PEAK_GFLOPS))
+            shares.append(useful_flops(batch) / seconds / 1e9 / onednn)
+        print(
+            f"2 x 256 tokens, all supervised, TTT {ttt_steps}: {512 / seconds:.0f} tok/s = {statistics.median(ratios):.2f} x "
+            f"{peer} scaled to torch's peak of {plain:.0f} GFLOP/s; {statistics.median(shares):.0%} of the oneDNN peak "
+            f"({onednn:.0f}), {statistics.median(shares) * onednn / plain:.0%} of torch's"
+        )
+
+
+def packed_against_padded(family: str, runs: int) -> None:
+    params = load_params(Path("params.yaml"))
+    settings = params.family(family).train
+    features = StoredFeatures(HiddenStateStore.open(family_paths(family, params).manifest))
+    rows = features.rows("train")
+    plan = plan_batches([row.length for row in rows], settings.batch_tokens, seed=settings.seed, epoch=0)[:6]
+    groups = [[as_float(d) for d in features.documents([rows[i] for i in members])] for members in plan]
+    trainer = make_trainer([d for group in groups for d in group], settings.ttt_steps)
+    packed = [pack(group, settings.ttt_steps) for group in groups]
+    padded = [pack([pad(d, max(len(x.token_ids) for x in group)) for d in group], settings.ttt_steps) for group in groups]
+    whole = [pack([every_row(d, max(len(x.token_ids) for x in group)) for d in group], settings.ttt_steps) for group in groups]
+    plain, onednn = gemm_peaks()
+    base = time_steps(trainer, packed, runs)
+    flops = sum(useful_flops(batch) for batch in packed)
+    tokens = sum(len(d.token_ids) for group in groups for d in group)
+    print(
+        f"{family}, {len(groups)} packed batches: {tokens / base:.0f} tok/s, {flops / base / 1e9:.0f} GFLOP/s useful = "
+        f"{flops / base / 1e9 / onednn:.0%} of the oneDNN peak ({onednn:.0f}), {flops / base / 1e9 / plain:.0%} of torch's ({plain:.0f})"
+    )
+    print(f"  the same rows right-padded, pads unsupervised: packed is {time_steps(trainer, padded, runs) / base:.2f} x as fast")
+    print(f"  right-padded, every row computed as a rectangle does: {time_steps(trainer, whole, runs) / base:.2f} x")
+
+
+def as_float(d: Document) -> Document:
+    return Document(d.id, d.token_ids, d.aux.float(), d.final.float(), d.spans)
+
+
+def pad(d: Document, length: int) -> Document:
+    def fill(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, x[-1:].expand(length - len(x), *x.shape[1:])])
+
+    return Document(d.id, fill(d.token_ids), fill(d.aux), fill(d.final), d.spans)
+
+
+def every_row(d: Document, length: int) -> Document:
+    padded = pad(d, length)
+    return Document(d.id, padded.token_ids, padded.aux, padded.final, [(0, length)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", help="also compare packed with padded batches of this family's hidden states")
+    parser.add_argument("--runs", type=int, default=5)
+    arguments = parser.parse_args()
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    peers(arguments.runs)
+    if arguments.family:
+        packed_against_padded(arguments.family, max(2, arguments.runs // 2))
+
+
+if __name__ == "__main__":
+    main()

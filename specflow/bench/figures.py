@@ -1,0 +1,168 @@
+"""Figures of the report as inline SVG: transparent, sized for a phone column, text in the page's own colour."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+SERIES = ("#3b82c4", "#dd7f1d", "#2f9e74", "#c05a97", "#8a78d0", "#9a8a3c")
+"""Mid-tones that keep their contrast on white and on near-black."""
+TEXT = "#010203"
+"""Stands for the page's text colour; replaced by `currentColor` in the SVG."""
+MAX_POINTS = 200
+STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": TEXT,
+    "axes.labelcolor": TEXT,
+    "axes.edgecolor": "#8a8a8a",
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#8a8a8a",
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4.5,
+}
+
+
+def speedup_figure(sets: dict[str, dict[str, Any]]) -> str:
+    """Speedup with its interval by prompt set, n-gram drafting beside it where it was measured."""
+    with plt.rc_context(STYLE):
+        figure, axes = _axes(height=0.62 + 0.52 * len(sets))
+        for row, result in enumerate(reversed(sets.values())):
+            low, high = result["speedup_ci"]
+            value = result["speedup"]
+            error = [[max(value - low, 0.0)], [max(high - value, 0.0)]]
+            axes.errorbar(value, row, xerr=error, fmt="o", color=SERIES[0], capsize=3, label="draft" if row == 0 else None)
+            if result.get("lookup"):
+                label = "n-gram lookup" if row == 0 else None
+                axes.plot(result["lookup"]["speedup"], row, "D", color=SERIES[1], markersize=4, label=label)
+        axes.axvline(1.0, color="#8a8a8a", linewidth=1.2, linestyle="--")
+        axes.set_yticks(range(len(sets)), list(reversed(sets)))
+        axes.set_ylim(-0.6, len(sets) - 0.4)
+        axes.set_xlabel("speedup over the target alone (dashed: 1)")
+        axes.grid(axis="y", visible=False)
+        figure.legend(loc="outside upper right", ncols=2)
+        return _svg(figure, "Speedup by prompt set")
+
+
+def survival_figure(curves: dict[str, Sequence[float]]) -> str:
+    """Share of steps in which the first i drafted tokens are all kept, by prompt set and for the training's own eval."""
+    with plt.rc_context(STYLE):
+        figure, axes = _axes()
+        for index, (label, survival) in enumerate(curves.items()):
+            style = {"linestyle": "--"} if label.startswith("training") else {}
+            color = SERIES[index % len(SERIES)]
+            axes.plot(range(1, len(survival) + 1), survival, marker="o", label=label, color=color, **style)
+        longest = max(len(survival) for survival in curves.values())
+        axes.set_xticks(range(1, longest + 1))
+        axes.set_ylim(0, 1)
+        axes.set_xlabel("position i of the draft")
+        axes.set_ylabel("first i kept")
+        axes.legend()
+        return _svg(figure, "Survival by position")
+
+
+def sweep_figure(sweep: list[dict[str, float]], chosen: int) -> str:
+    """Speedup by number of drafted tokens, on held-out prompts."""
+    with plt.rc_context(STYLE):
+        figure, axes = _axes()
+        xs = [point["num_speculative_tokens"] for point in sweep]
+        axes.plot(xs, [point["speedup"] for point in sweep], marker="o", color=SERIES[0])
+        for point in sweep:
+            note = f"AL {point['acceptance_length']:.2f}"
+            place = (point["num_speculative_tokens"], point["speedup"])
+            axes.annotate(note, place, xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
+        axes.axhline(1.0, color="#8a8a8a", linewidth=1.2, linestyle="--")
+        axes.margins(x=0.12, y=0.22)
+        axes.set_xticks(xs)
+        axes.set_xlabel(f"drafted tokens K (taken: {chosen})")
+        axes.set_ylabel("speedup")
+        return _svg(figure, "Speedup by number of drafted tokens")
+
+
+def training_figure(training: list[dict[str, float]]) -> str:
+    """Loss of each TTT step, averaged in buckets where there are many optimizer steps."""
+    with plt.rc_context(STYLE):
+        figure, axes = _axes()
+        keys = sorted({key for point in training for key in point if re.fullmatch(r"loss_\d+", key)})
+        for index, key in enumerate(keys):
+            xs, ys = _buckets([(point["step"], point[key]) for point in training if key in point])
+            axes.plot(xs, ys, color=SERIES[index % len(SERIES)], label=f"step {index}")
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("loss")
+        axes.legend(title="TTT", title_fontsize=8)
+        return _svg(figure, "Training loss by TTT step")
+
+
+def eval_figure(evals: list[dict[str, float]]) -> str:
+    """Expected acceptance length on held-out answers over training."""
+    with plt.rc_context(STYLE):
+        figure, axes = _axes()
+        xs, ys = [p["step"] for p in evals], [p["expected_acceptance_length"] for p in evals]
+        axes.plot(xs, ys, marker="o", color=SERIES[2])
+        best = max(range(len(ys)), key=ys.__getitem__)
+        axes.annotate(f"{ys[best]:.2f}", (xs[best], ys[best]), xytext=(0, 7), textcoords="offset points", ha="center")
+        axes.margins(x=0.1, y=0.22)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("expected acceptance length")
+        return _svg(figure, "Expected acceptance length over training")
+
+
+def coverage_figure(coverage: dict[str, float]) -> str:
+    """Share of answer tokens that the draft vocabulary holds, by category."""
+    with plt.rc_context(STYLE):
+        figure, axes = _axes(height=0.6 + 0.24 * len(coverage))
+        names = list(reversed(coverage))
+        values = [coverage[name] for name in names]
+        axes.barh(names, values, color=SERIES[0], height=0.62)
+        for row, value in enumerate(values):
+            axes.annotate(f"{value:.1%}", (value, row), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.set_xlim(0, 1.14)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
+        axes.grid(axis="y", visible=False)
+        return _svg(figure, "Draft vocabulary coverage by category")
+
+
+def _axes(height: float = 2.6) -> tuple[Figure, Axes]:
+    return plt.subplots(figsize=(4.4, height), layout="constrained")
+
+
+def _buckets(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    size = -(-len(points) // MAX_POINTS)
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [group[-1][0] for group in groups], [sum(y for _, y in group) / len(group) for group in groups]
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """The bare <svg> element: scales to its column, labelled, without ids that two figures could share."""
+    stream = io.StringIO()
+    with plt.rc_context({"svg.hashsalt": title}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
+    plt.close(figure)
+    svg = stream.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = svg.replace(TEXT, "currentColor").replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    prefix = re.sub(r"\W+", "-", title.lower())
+    svg = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{prefix}-", svg)
+    return re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -1,0 +1,71 @@
+"""What a benchmark was run on and with: the block without which its numbers mean nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import specflow
+from specflow.files import sha256_file
+from specflow.targets.model import TargetFacts
+
+
+def identity(facts: TargetFacts, draft_folder: Path, root: Path, device: torch.device) -> dict[str, Any]:
+    """Machine, versions, digests and commit, JSON-able."""
+    return {
+        "cpu": cpu_model(),
+        "cpu_cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "load_average_at_start": os.getloadavg()[0],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "platform": platform.platform(),
+        "versions": {
+            "specflow": specflow.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "target": {
+            "source": facts.source,
+            "revision": facts.revision,
+            "digest": facts.digest,
+            "tokenizer_digest": facts.tokenizer_digest,
+            "template_digest": facts.template_digest,
+            "dtype": facts.dtype,
+        },
+        "draft_digest": draft_digest(draft_folder),
+        "git_commit": git_commit(root),
+    }
+
+
+def draft_digest(folder: Path) -> str:
+    return sha256_file(folder / "model.safetensors")
+
+
+def cpu_model() -> str:
+    """Model name of the processor; Linux names it in a file, elsewhere Python's own word has to do."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def git_commit(root: Path) -> str | None:
+    """Commit of the project folder, `+changes` behind it where tracked files differ; None outside a repository."""
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return commit + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,0 +1,151 @@
+"""Batch-1 generation, with or without a draft: one loop, so that a comparison compares drafting and nothing else.
+
+Without a draft every step verifies an empty proposal, which is plain decoding. Both sides count generated token ids.
+
+Accounting: the first token comes from the prompt's forward and belongs to no step. Each verification step emits its
+accepted drafts and one token of the target's. The last step may be cut by `max_new_tokens` or an end-of-turn token;
+`steps` still counts what was accepted there, `num_cut` what of it was not emitted, so that always
+len(token_ids) = 1 + sum(accepted + 1) - num_cut.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from specflow.decoding.verify import NOTHING, Proposal, verify
+from specflow.errors import UserError
+from specflow.targets.cached import CachedTarget
+
+
+class Drafter(Protocol):
+    """Proposes tokens for one sequence at a time: `ChainDrafter`, `LookupDrafter`."""
+
+    def start(self, history: Sequence[int], aux: Tensor | None) -> None: ...
+
+    def propose(
+        self,
+        history: Sequence[int],
+        aux: Tensor | None,
+        num_tokens: int,
+        temperature: float,
+        generator: torch.Generator | None,
+    ) -> Proposal: ...
+
+
+@dataclass
+class Generation:
+    token_ids: list[int]
+    """Generated ids, the end-of-turn token included."""
+    steps: list[tuple[int, int]] = field(default_factory=list)
+    """(drafted, accepted) of each verification step."""
+    num_cut: int = 0
+    """Verified tokens of the last step that were not emitted."""
+    prefill_s: float = 0.0
+    """Prompt forward (target and draft) and the first token."""
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    decode_s: float = 0.0
+    """Everything after the prefill: draft_s, verify_s and what lies outside of them."""
+    finish_reason: Literal["stop", "length"] = "length"
+
+    @property
+    def total_s(self) -> float:
+        return self.prefill_s + self.decode_s
+
+
+@torch.inference_mode()
+def generate(
+    target: CachedTarget,
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    eos_ids: Collection[int],
+    drafter: Drafter | None = None,
+    num_speculative_tokens: int = 0,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Generation:
+    """Continue `prompt_ids` until an end-of-turn token or `max_new_tokens`.
+
+    `target` has one row, which is overwritten; `generator` lives on its device. Raises UserError where prompt, new
+    tokens and drafts do not fit the target's cache.
+    """
+    check_fits(len(prompt_ids), max_new_tokens, num_speculative_tokens, target.max_length)
+    clock = _clock(target.device)
+    began = clock()
+    target.lengths[0] = 0
+    hidden = target.forward(torch.tensor([list(prompt_ids)]))
+    logits = target.logits(hidden[0, -1:])
+    first = verify(NOTHING, logits, temperature, generator).next_token
+    history = [*prompt_ids, first]
+    aux = target.aux()[0] if drafter is not None and target.aux_layer_ids else None
+    done = Generation([])
+    limit = len(prompt_ids) + max_new_tokens
+    ended = _emit(done, history, [first], eos_ids, limit)
+    if drafter is not None and not ended:
+        drafter.start(history, aux)
+        aux = None if aux is None else aux[-1:]
+    start = clock()
+    done.prefill_s = start - began
+
+    while not ended:
+        proposal, at = NOTHING, clock()
+        if drafter is not None:
+            proposal = drafter.propose(history, aux, num_speculative_tokens, temperature, generator)
+        drafted_at = clock()
+        hidden = target.forward(torch.tensor([[history[-1], *proposal.token_ids]]))
+        verdict = verify(proposal, target.logits(hidden[0]), temperature, generator)
+        verified_at = clock()
+        emitted = [*proposal.token_ids[: verdict.accepted], verdict.next_token]
+        target.lengths[0] = len(history) + verdict.accepted  # forget the rejected drafts
+        if drafter is not None and aux is not None:
+            aux = target.aux()[0, : verdict.accepted + 1]
+        history.extend(emitted)
+        done.steps.append((len(proposal.token_ids), verdict.accepted))
+        done.draft_s += drafted_at - at
+        done.verify_s += verified_at - drafted_at
+        ended = _emit(done, history, emitted, eos_ids, limit)
+    done.decode_s = clock() - start
+    return done
+
+
+def _emit(done: Generation, history: Sequence[int], emitted: list[int], eos_ids: Collection[int], limit: int) -> bool:
+    """Add the tokens of a step up to an end-of-turn token or the limit; return whether that ended the generation."""
+    room = limit - (len(history) - len(emitted))
+    end = next((i + 1 for i, token in enumerate(emitted) if token in eos_ids), None)
+    kept = min(room, len(emitted) if end is None else end)
+    done.token_ids.extend(emitted[:kept])
+    done.num_cut = len(emitted) - kept
+    if kept == end:
+        done.finish_reason = "stop"
+    return kept in (end, room)
+
+
+def check_fits(num_prompt_tokens: int, max_new_tokens: int, num_speculative_tokens: int, max_length: int) -> None:
+    """Raise UserError unless a prompt leaves room for its answer and for the drafts beyond it."""
+    needed = num_prompt_tokens + max_new_tokens + num_speculative_tokens
+    if num_prompt_tokens < 1:
+        raise UserError("prompt has no tokens: give at least one")
+    if needed > max_length:
+        raise UserError(
+            f"prompt of {num_prompt_tokens} tokens, {max_new_tokens} new and {num_speculative_tokens} drafted need "
+            f"{needed}, the context holds {max_length}: shorten the prompt or lower max_new_tokens"
+        )
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    """A wall clock in seconds that waits for the device first, so that a reading ends the work before it."""
+    if device.type != "cuda":
+        return time.perf_counter
+
+    def read() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return read

@@ -1,0 +1,188 @@
+"""Stage `sample`: prompts become training samples, answered by the target itself or by the data set.
+
+Owns the rows, their files and resume; generation is the engine's. The seam to an engine is `generation.complete`: given
+conversations, yield completed ones by id in any order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from tqdm import tqdm
+
+from specflow.data import template
+from specflow.errors import UserError
+from specflow.files import RowLog, read_jsonl, sha256_file, sha256_json, write_jsonl
+from specflow.targets import generation
+from specflow.targets.model import TargetFacts, load_model, load_tokenizer, read_facts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from specflow.config import Family, Params, Sample
+    from specflow.paths import Paths
+
+    Log = Callable[[dict[str, float], int], None]
+
+SPLITS = ("train", "eval")
+
+
+def run(name: str, family: Family, params: Params, paths: Paths, log: Log) -> dict[str, float]:
+    """Write samples/{train,eval}.jsonl in the order of the prompts; what a killed run had finished is kept."""
+    facts = read_facts(paths.target)
+    tokenizer = load_tokenizer(facts, paths.cache)
+    made_by = f"dvc repro prepare@{name}"
+    files = {split: paths.prompts / f"{split}.jsonl" for split in SPLITS}
+    prompts = {split: read_jsonl(file, what="prompts", made_by=made_by) for split, file in files.items()}
+    split_of = _split_of(prompts, made_by)
+    limit = min(family.extract.max_length_tokens, facts.max_position_embeddings)
+    logs = {}
+    for split, file in files.items():
+        key = _resume_key(facts, family.sample, limit, sha256_file(file), split)
+        logs[split] = RowLog(paths.state / f"sample-{split}.jsonl", key)
+    resumed = sum(len(log.rows) for log in logs.values())
+    started = time.perf_counter()
+    generated = 0
+    with tqdm(total=len(split_of), initial=resumed, desc="sample", unit="conversation") as progress:
+        for done in _complete(family, facts, tokenizer, paths, prompts, logs, limit):
+            logs[split_of[done["id"]]].append(done)
+            generated += sum(_num_generated(row) for row in done["rows"])
+            progress.set_postfix_str(f"{generated / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
+            progress.update()
+    elapsed_s = time.perf_counter() - started
+    rows = {split: _in_order(prompts[split], logs[split]) for split in SPLITS}
+    for split in SPLITS:
+        write_jsonl(paths.samples / f"{split}.jsonl", rows[split])
+    for split in SPLITS:
+        logs[split].close(delete=True)
+    metrics = _metrics(rows)
+    return {**metrics, "resumed_conversations": resumed, "tok_s": generated / elapsed_s if generated else 0.0}
+
+
+def _split_of(prompts: dict[str, list[Any]], made_by: str) -> dict[str, str]:
+    split_of: dict[str, str] = {}
+    for split, rows in prompts.items():
+        for row in rows:
+            if row["id"] in split_of:
+                raise UserError(
+                    f"prompts hold id {row['id']} twice, ids must be unique over both splits: run `{made_by}`"
+                )
+            split_of[row["id"]] = split
+    return split_of
+
+
+def _resume_key(facts: TargetFacts, settings: Sample, limit: int, prompts_digest: str, split: str) -> str:
+    """Digest of what the rows depend on. The batch size is left out: a row does not depend on its neighbours."""
+    return sha256_json(
+        {
+            "target": facts.digest,
+            "tokenizer": facts.tokenizer_digest,
+            "template": facts.template_digest,
+            "eos": facts.eos_token_ids,
+            "settings": settings.model_dump(mode="json", exclude={"batch_size"}),
+            "max_length_tokens": limit,
+            "prompts": prompts_digest,
+            "split": split,
+            "engine": _engine_name(settings),
+        }
+    )
+
+
+def _engine_name(settings: Sample) -> str:
+    return f"transformers {transformers.__version__}" if settings.engine == "transformers" else "dataset"
+
+
+def _complete(
+    family: Family,
+    facts: TargetFacts,
+    tokenizer: Any,
+    paths: Paths,
+    prompts: dict[str, list[Any]],
+    logs: dict[str, RowLog],
+    limit: int,
+) -> Iterator[dict[str, Any]]:
+    """{"id", "rows"} of every conversation that no log has, both splits in one batch so that there is one tail."""
+    settings = family.sample
+    todo = [(split, row) for split in SPLITS for row in prompts[split] if row["id"] not in logs[split].rows]
+    if not todo:
+        return
+    if settings.engine == "dataset":
+        completed = (_from_dataset(tokenizer, row, settings.seed) for _, row in todo)
+    else:
+        completed = generation.complete(
+            [_conversation(row, settings, split) for split, row in todo],
+            model=load_model(facts, paths.cache, device=_device()),
+            tokenizer=tokenizer,
+            eos_token_ids=facts.eos_token_ids,
+            max_new_tokens=settings.max_new_tokens,
+            max_length_tokens=limit,
+            batch_size=settings.batch_size,
+        )
+    engine = _engine_name(settings)
+    for done in completed:
+        yield {"id": done["id"], "rows": [{**row, "engine": engine} for row in done["rows"]]}
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _conversation(row: dict[str, Any], settings: Sample, split: str) -> generation.Conversation:
+    digest = hashlib.sha256(f"{settings.seed}:{row['id']}".encode()).digest()
+    temperature = settings.eval_temperature
+    if split == "train":
+        temperature = settings.temperatures[int.from_bytes(digest[:8], "big") % len(settings.temperatures)]
+    return generation.Conversation(row["id"], row["category"], row["messages"], temperature, settings.seed)
+
+
+def _from_dataset(tokenizer: Any, row: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The data set's own answers as a sample row; none where it has no answer."""
+    messages = list(row["messages"])
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if not messages:
+        return {"id": row["id"], "rows": []}
+    token_ids, spans = template.encode_conversation(tokenizer, messages)
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    sample = {
+        "id": row["id"],
+        "category": row["category"],
+        "token_ids": token_ids,
+        "spans": spans,
+        "turns": [{"text": text, "finish_reason": "stop"} for text in answers],
+        "temperature": 0.0,
+        "seed": seed,
+    }
+    return {"id": row["id"], "rows": [sample]}
+
+
+def _in_order(prompts: list[Any], log: RowLog) -> list[dict[str, Any]]:
+    return [row for prompt in prompts for row in log.rows[prompt["id"]]["rows"]]
+
+
+def _num_generated(row: dict[str, Any]) -> int:
+    return sum(end - start for start, end in row["spans"])
+
+
+def _metrics(rows: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+    everything = [row for split in SPLITS for row in rows[split]]
+    generated = sum(_num_generated(row) for row in everything)
+    turns = [turn for row in everything for turn in row["turns"]]
+    if not everything:
+        raise UserError("sample: no conversation has an answer: check data.sources, or use sample.engine: transformers")
+    return {
+        "rows": len(everything),
+        "train_rows": len(rows["train"]),
+        "eval_rows": len(rows["eval"]),
+        "turns": len(turns),
+        "generated_tokens": generated,
+        "train_generated_tokens": sum(map(_num_generated, rows["train"])),
+        "prompt_tokens": sum(len(row["token_ids"]) for row in everything) - generated,
+        "finished_by_length": sum(turn["finish_reason"] == "length" for turn in turns),
+    }

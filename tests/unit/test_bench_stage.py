@@ -1,0 +1,135 @@
+"""The bench stage on a tiny target with an untrained draft: what it writes, what it refuses, what survives a kill."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from specflow.bench import runner, stage
+from specflow.config import Params, parse_params
+from specflow.drafters.eagle3 import Eagle3Config, Eagle3Draft
+from specflow.errors import UserError
+from specflow.export.eagle3 import save_export
+from specflow.files import write_json, write_jsonl
+from specflow.paths import Paths
+from specflow.targets.fetch import read_checkpoint
+from tests.toys import make_project_inputs, tiny_params
+
+Project = tuple[Params, Paths]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    folder = tmp_path_factory.mktemp("bench")
+    make_project_inputs(folder)
+    params = parse_params(tiny_params(folder))
+    paths = Paths(root=folder, family="tiny", cache=folder / "cache")
+    facts = read_checkpoint(params.families["tiny"].target, folder / "target", paths.cache)
+    write_json(paths.target, facts.model_dump())
+    shape = {name: value for name, value in facts.model_dump().items() if name in Eagle3Config.model_fields}
+    ids = facts.default_aux_layer_ids()
+    config = Eagle3Config(**shape, target_hidden_size=facts.hidden_size, draft_vocab_size=128, aux_layer_ids=ids)
+    torch.manual_seed(0)
+    draft = Eagle3Draft(config)
+    draft.t2d[:128] = True
+    save_export(draft, facts, paths.export / "eagle3")
+    rows = [
+        {
+            "id": f"h{i}",
+            "source": "s",
+            "category": "chat",
+            "messages": [{"role": "user", "content": f"the cat sees {i} dogs"}],
+        }
+        for i in range(6)
+    ]
+    write_jsonl(paths.prompts / "eval.jsonl", rows)
+    return params, paths
+
+
+def run(project: Project, **changes: Any) -> tuple[dict[str, float], dict[str, Any]]:
+    params, paths = project
+    family = params.families["tiny"]
+    family = family.model_copy(update={"bench": family.bench.model_copy(update=changes)})
+    metrics = stage.run("tiny", family, params, paths, lambda values, step: None)
+    return metrics, json.loads((paths.bench / "summary.json").read_text())
+
+
+def test_summary_and_files(project: Project) -> None:
+    metrics, summary = run(project)
+    paths = project[1]
+    assert set(summary["sets"]) == {"questions", "heldout"}
+    assert summary["overall"]["lossless"] is True and summary["baseline_equals_stock"] is True
+    # 2 questions of 2 turns and 2 held-out prompts of 1, 3 repeats of 2 engines and one of lookup
+    records = [json.loads(line) for line in (paths.bench / "records.jsonl").read_text().splitlines()]
+    assert len(records) == 6 * (3 * 2 + 1)
+    assert len({record["id"] for record in records}) == len(records)
+    k = summary["num_speculative_tokens"]
+    assert [row["num_speculative_tokens"] for row in summary["sweep"]] == [1, 2]
+    assert summary["overall"]["acceptance_length"] == pytest.approx(1 + sum(summary["overall"]["survival"]))
+    assert len(json.loads(paths.plot("survival.json").read_text())) == 2 * k
+    assert metrics["speedup"] == summary["overall"]["speedup"] > 0
+    assert {"questions.speedup", "heldout.acceptance_length", "t_verify_ms", "baseline_over_stock"} <= set(metrics)
+    assert summary["verdict"].startswith(("No conclusion", "Does not pay"))
+    assert not (paths.state / "bench.jsonl").exists()
+
+
+def test_order_alternates_and_repeats_agree(project: Project) -> None:
+    run(project, num_speculative_tokens=2, stock_generate=False)
+    rows = [json.loads(line) for line in (project[1].bench / "records.jsonl").read_text().splitlines()]
+    orders = [row["order"] for row in rows if row["engine"] == "baseline"]
+    assert 0 < sum(order == 0 for order in orders) < len(orders)
+    answers: dict[tuple[str, str, int], set[str]] = {}
+    for row in rows:
+        answers.setdefault((row["set"], row["question_id"], row["turn"]), set()).add(str(row["token_ids"]))
+    assert all(len(different) == 1 for different in answers.values())
+
+
+def test_tuning_questions_are_never_benchmarked(project: Project) -> None:
+    params, paths = project
+    bench = params.families["tiny"].bench.model_copy(update={"num_prompts": 100, "sweep_prompts": 100})
+    sets, tuning = stage.load_questions(bench, params, paths)
+    assert len(tuning) == 3 and len(sets["heldout"]) == 3
+    assert not {q.question_id for q in tuning} & {q.question_id for q in sets["heldout"]}
+
+
+def test_sampling(project: Project) -> None:
+    _, summary = run(project, temperature=0.8, num_speculative_tokens=2)
+    assert summary["overall"]["lossless"] is None is summary["baseline_equals_stock"] and summary["sweep"] == []
+
+
+def test_killed_run_keeps_what_it_had(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"num_speculative_tokens": 2, "seed": 7}
+    plain, calls = runner.generate, []
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 20:
+            raise KeyboardInterrupt
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(runner, "generate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(project, **changes)
+    kept = len((project[1].state / "bench.jsonl").read_text().splitlines()) - 1
+    calls.clear()
+    monkeypatch.setattr(runner, "generate", lambda *a, **k: (calls.append(1), plain(*a, **k))[1])
+    _, summary = run(project, **changes)
+    warm_up, stock_row = 3, 1
+    assert kept == 20 - warm_up + stock_row
+    assert len(calls) == 6 * 7 - (kept - stock_row) + warm_up
+    assert summary["overall"]["num_requests"] == 6
+
+
+def test_prompt_longer_than_the_context(project: Project, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"prompt set questions, question 0: prompt of \d+ tokens, 500 new") as caught:
+        run(project, max_new_tokens=500)
+    assert "\n" not in str(caught.value)
+
+
+def test_too_few_held_out_prompts_to_tune_on(project: Project, tmp_path: Path) -> None:
+    params, paths = project
+    write_jsonl(Paths(tmp_path, "tiny", paths.cache).prompts / "eval.jsonl", [])
+    with pytest.raises(UserError, match="too few to choose num_speculative_tokens on"):
+        stage.load_questions(params.families["tiny"].bench, params, Paths(tmp_path, "tiny", paths.cache))
