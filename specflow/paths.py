@@ -66,7 +66,7 @@ class Paths:
 
     @property
     def report(self) -> Path:
-        """Folder over all families: report.md, report.html. Beside `artifacts`, since DVC's report stage depends on all of it."""
+        """Folder over all families: report.md, report.html. Not in `artifacts`, all of which its stage depends on."""
         return self.root / "report"
 
     @property
@@ -76,7 +76,7 @@ class Paths:
 
 
 def project_home(root: Path) -> Path:
-    """The project that `root` belongs to: `root`, or for DVC's copy of a queued experiment the folder it was copied from.
+    """The project `root` belongs to: itself, or for DVC's copy of a queued experiment the folder copied from.
 
     What must outlive such a copy (resume state, hidden-state shards, the MLflow store) lives at the home.
     """

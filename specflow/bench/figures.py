@@ -20,7 +20,7 @@ SERIES = ("#3b82c4", "#dd7f1d", "#2f9e74", "#c05a97", "#8a78d0", "#9a8a3c")
 TEXT = "#010203"
 """Stands for the page's text colour; replaced by `currentColor` in the SVG."""
 MAX_POINTS = 200
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -50,7 +50,9 @@ def speedup_figure(sets: dict[str, dict[str, Any]]) -> str:
             low, high = result["speedup_ci"]
             value = result["speedup"]
             error = [[max(value - low, 0.0)], [max(high - value, 0.0)]]
-            axes.errorbar(value, row, xerr=error, fmt="o", color=SERIES[0], capsize=3, label="draft" if row == 0 else None)
+            axes.errorbar(
+                value, row, xerr=error, fmt="o", color=SERIES[0], capsize=3, label="draft" if row == 0 else None
+            )
             if result.get("lookup"):
                 label = "n-gram lookup" if row == 0 else None
                 axes.plot(result["lookup"]["speedup"], row, "D", color=SERIES[1], markersize=4, label=label)
@@ -64,13 +66,13 @@ def speedup_figure(sets: dict[str, dict[str, Any]]) -> str:
 
 
 def survival_figure(curves: dict[str, Sequence[float]]) -> str:
-    """Share of steps in which the first i drafted tokens are all kept, by prompt set and for the training's own eval."""
+    """Share of steps in which the first i drafted tokens are all kept: prompt sets and training's own eval."""
     with plt.rc_context(STYLE):
         figure, axes = _axes()
         for index, (label, survival) in enumerate(curves.items()):
-            style = {"linestyle": "--"} if label.startswith("training") else {}
+            line = "--" if label.startswith("training") else "-"
             color = SERIES[index % len(SERIES)]
-            axes.plot(range(1, len(survival) + 1), survival, marker="o", label=label, color=color, **style)
+            axes.plot(range(1, len(survival) + 1), survival, line, marker="o", label=label, color=color)
         longest = max(len(survival) for survival in curves.values())
         axes.set_xticks(range(1, longest + 1))
         axes.set_ylim(0, 1)
@@ -86,13 +88,9 @@ def sweep_figure(sweep: list[dict[str, float]], chosen: int) -> str:
         figure, axes = _axes()
         xs = [point["num_speculative_tokens"] for point in sweep]
         axes.plot(xs, [point["speedup"] for point in sweep], marker="o", color=SERIES[0])
-        for point in sweep:
-            note = f"AL {point['acceptance_length']:.2f}"
-            place = (point["num_speculative_tokens"], point["speedup"])
-            axes.annotate(note, place, xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
         axes.axhline(1.0, color="#8a8a8a", linewidth=1.2, linestyle="--")
-        axes.margins(x=0.12, y=0.22)
-        axes.set_xticks(xs)
+        axes.margins(x=0.1, y=0.15)
+        axes.set_xticks(xs, [f"{k}\nAL {point['acceptance_length']:.2f}" for k, point in zip(xs, sweep, strict=True)])
         axes.set_xlabel(f"drafted tokens K (taken: {chosen})")
         axes.set_ylabel("speedup")
         return _svg(figure, "Speedup by number of drafted tokens")
@@ -134,7 +132,9 @@ def coverage_figure(coverage: dict[str, float]) -> str:
         values = [coverage[name] for name in names]
         axes.barh(names, values, color=SERIES[0], height=0.62)
         for row, value in enumerate(values):
-            axes.annotate(f"{value:.1%}", (value, row), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
+            axes.annotate(
+                f"{value:.1%}", (value, row), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
+            )
         axes.set_xlim(0, 1.14)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
         axes.grid(axis="y", visible=False)

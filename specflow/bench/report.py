@@ -54,7 +54,9 @@ def _family(name: str, paths: Paths) -> dict[str, Any]:
         "coverage": coverage,
         "data": _optional(paths.prompts / "data_report.json"),
         "figures": _figures(summary, training, evals, best, coverage),
-        "identity": _rows({**summary["identity"], "architecture": facts["architecture"], "parameters": facts["num_parameters"]}),
+        "identity": _rows(
+            {**summary["identity"], "architecture": facts["architecture"], "parameters": facts["num_parameters"]}
+        ),
         "settings": _rows({key: value for key, value in summary["settings"].items() if not key.endswith("questions")}),
         "stages": {file.stem: _optional(file) for file in sorted((paths.base / "metrics").glob("*.json"))},
         "raw": _raw_files(paths),
@@ -88,7 +90,7 @@ def _figures(
 
 
 def _survival(point: dict[str, float]) -> list[float]:
-    rates = []
+    rates: list[float] = []
     while (key := f"survival_{len(rates) + 1}") in point:
         rates.append(point[key])
     return rates
@@ -130,11 +132,19 @@ def _rows(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 def _raw_files(paths: Paths) -> list[tuple[str, str]]:
     """(name, link relative to the report) of the files that the numbers come from."""
-    files = [paths.target, paths.prompts / "data_report.json", paths.vocab / "coverage.json", paths.draft / "config.json"]
+    files = [
+        paths.target,
+        paths.prompts / "data_report.json",
+        paths.vocab / "coverage.json",
+        paths.draft / "config.json",
+    ]
     files += [paths.export, paths.bench / "summary.json", paths.bench / "records.jsonl"]
     files += sorted((paths.base / "metrics").glob("*.json")) + sorted((paths.base / "plots").glob("*.json"))
     found = [file for file in files if file.exists()]
-    return [(file.relative_to(paths.base).as_posix(), Path(os.path.relpath(file, paths.report)).as_posix()) for file in found]
+    return [
+        (file.relative_to(paths.base).as_posix(), Path(os.path.relpath(file, paths.report)).as_posix())
+        for file in found
+    ]
 
 
 def _optional(file: Path) -> Any:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -76,6 +77,15 @@ def build_draft_vocab(counts: Counts, always: Sequence[int], size: int) -> tuple
     t2d = np.zeros(vocab_size, dtype=bool)
     t2d[chosen] = True
     return torch.from_numpy(chosen - np.arange(size)), torch.from_numpy(t2d)
+
+
+def read_vocab(folder: Path) -> tuple[Tensor, Tensor]:
+    """d2t int64 [D] and t2d bool [V] as the stage wrote them."""
+    try:
+        tensors = load_file(folder / "vocab.safetensors")
+    except FileNotFoundError:
+        raise UserError(f"draft vocabulary {folder} is missing: run `specflow vocab <family>` first") from None
+    return tensors["d2t"], tensors["t2d"]
 
 
 def coverage(counts: Counts, t2d: NDArray[np.bool_]) -> float:

@@ -206,7 +206,6 @@ def plan_batches(rows: Sequence[RowInfo], batch_tokens: int) -> Iterator[Sequenc
         start += size
 
 
-@torch.inference_mode()
 def capture(
     model: PreTrainedModel,
     shards: Sequence[PlannedShard],
@@ -216,51 +215,58 @@ def capture(
     aux_layer_ids: Sequence[int],
 ) -> dict[int, ShardInfo]:
     """Write `shards` into `folder`; return them by number. The model is optimised for inference in place."""
-    decoder = decoder_of(optimise_for_inference(model))
-    dtype = getattr(torch, settings.dtype)
-    aux: dict[int, Tensor] = {}
-    hooks = capture_hooks(decoder, aux_layer_ids, aux)
     total = sum(shard.num_tokens for shard in shards)
-    try:
-        with (
-            ShardWriter(folder, settings.dtype) as writer,
-            tqdm(total=total, desc="extract", unit="token", unit_scale=True) as progress,
-        ):
-            for shard in shards:
-                for rows in plan_batches(shard.rows, settings.batch_tokens):
-                    writer.put(_forward(decoder, shard, rows, tokens_of, aux, aux_layer_ids, dtype))
-                    progress.update(sum(row.length for row in rows))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with (
+        StateCapture(model, aux_layer_ids, getattr(torch, settings.dtype)) as states_of,
+        ShardWriter(folder, settings.dtype) as writer,
+        tqdm(total=total, desc="extract", unit="token", unit_scale=True) as progress,
+    ):
+        for shard in shards:
+            for rows in plan_batches(shard.rows, settings.batch_tokens):
+                writer.put(Captured(shard, rows, *states_of([tokens_of[row.id] for row in rows])))
+                progress.update(sum(row.length for row in rows))
     return writer.done
 
 
-def _forward(
-    decoder: torch.nn.Module,
-    shard: PlannedShard,
-    rows: Sequence[RowInfo],
-    tokens_of: dict[str, list[int]],
-    aux: dict[int, Tensor],
-    aux_layer_ids: Sequence[int],
-    dtype: torch.dtype,
-) -> Captured:
-    """One right-padded forward of the decoder; causal attention keeps the padding from the tokens before it."""
-    width = rows[0].length
-    padded = torch.zeros(len(rows), width, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        padded[i, : row.length] = torch.tensor(tokens_of[row.id])
-    lengths = torch.tensor([row.length for row in rows])
-    real = (torch.arange(width) < lengths[:, None]).flatten().nonzero()[:, 0]
-    device = next(decoder.parameters()).device
-    final = decoder(input_ids=padded.to(device), use_cache=False).last_hidden_state
-    index = real.to(device)
+class StateCapture:
+    """Runs the target's decoder, without its head, and keeps the residual streams and the post-norm last state."""
 
-    def packed(states: Tensor) -> Tensor:
-        states = states.flatten(0, 1)
-        return (states if len(real) == len(states) else states[index]).to(dtype)
+    def __init__(self, model: PreTrainedModel, aux_layer_ids: Sequence[int], dtype: torch.dtype) -> None:
+        """`dtype` is that of the states given back. The model is optimised for inference in place."""
+        self._decoder = decoder_of(optimise_for_inference(model))
+        self._aux: dict[int, Tensor] = {}
+        self._aux_layer_ids, self._dtype = list(aux_layer_ids), dtype
+        self._hooks = capture_hooks(self._decoder, aux_layer_ids, self._aux)
 
-    features = torch.cat([packed(aux[layer]) for layer in aux_layer_ids], dim=-1)
-    last = packed(final)
-    finite = torch.isfinite(features).all(-1) & torch.isfinite(last).all(-1)
-    return Captured(shard, rows, padded.flatten()[real].int(), features, last, finite)
+    def __enter__(self) -> StateCapture:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @torch.inference_mode()
+    def __call__(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """States of token lists, end to end without padding: ids int32 [N], aux [N, A * H], final [N, H], finite bool [N].
+
+        One right-padded forward, so rows of similar length cost least; causal attention keeps the padding from the
+        tokens before it.
+        """
+        lengths = torch.tensor([len(row) for row in rows])
+        width = int(lengths.max())
+        padded = torch.zeros(len(rows), width, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            padded[i, : len(row)] = torch.tensor(row)
+        real = (torch.arange(width) < lengths[:, None]).flatten().nonzero()[:, 0]
+        device = next(self._decoder.parameters()).device
+        final = self._decoder(input_ids=padded.to(device), use_cache=False).last_hidden_state
+        index = real.to(device)
+
+        def packed(states: Tensor) -> Tensor:
+            states = states.flatten(0, 1)
+            return (states if len(real) == len(states) else states[index]).to(self._dtype)
+
+        features = torch.cat([packed(self._aux[layer]) for layer in self._aux_layer_ids], dim=-1)
+        last = packed(final)
+        finite = torch.isfinite(features).all(-1) & torch.isfinite(last).all(-1)
+        return padded.flatten()[real].int(), features, last, finite

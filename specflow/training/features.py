@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol
 
 from specflow.errors import UserError
-from specflow.hidden_states import HiddenStateStore
+from specflow.hidden_states import HiddenStateStore, check_finite
+from specflow.targets.extract import StateCapture, plan_batches, select_rows
 from specflow.training.packing import Document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from specflow.config import Extract
 
 
 class Row(Protocol):
@@ -44,25 +44,27 @@ class StoredFeatures:
 
 
 class LiveFeatures:
-    """Online: runs the target on the very rows that `extract` would capture; nothing is written."""
+    """Online: runs the target on the very rows that `extract` would capture, in the target's dtype; writes nothing."""
 
-    def __init__(
-        self, model: PreTrainedModel, samples: dict[str, Path], *, aux_layer_ids: list[int], extract: object
-    ) -> None:
-        from specflow.targets.extract import StateCapture, plan_rows
-
-        self._planned = {split: plan_rows(path, extract) for split, path in samples.items()}
-        self._capture = StateCapture(model, aux_layer_ids)
+    def __init__(self, model: PreTrainedModel, samples: dict[str, list[Any]], extract: Extract, aux_ids: list[int]) -> None:
+        self._rows, _ = select_rows(samples, extract)
+        self._tokens = {row.info.id: row.token_ids for row in self._rows}
+        self._batch_tokens = extract.batch_tokens
+        self._capture = StateCapture(model, aux_ids, next(model.parameters()).dtype)
 
     def rows(self, split: str) -> Sequence[Row]:
-        return self._planned[split]
+        return [row.info for row in self._rows if row.info.split == split]
 
     def documents(self, rows: Sequence[Row]) -> list[Document]:
-        states = self._capture([row.token_ids for row in rows])
-        return [
-            Document(row.id, torch.tensor(row.token_ids), aux, final, row.spans)
-            for row, (aux, final) in zip(rows, states, strict=True)
-        ]
+        by_length = sorted(rows, key=lambda row: -row.length)
+        found = {}
+        for part in plan_batches(by_length, self._batch_tokens):
+            token_ids, aux, final, finite = self._capture([self._tokens[row.id] for row in part])
+            lengths = [row.length for row in part]
+            check_finite([row.id for row in part], lengths, finite, str(aux.dtype))
+            pieces = zip(part, *(x.split(lengths) for x in (token_ids, aux, final)), strict=True)
+            found |= {row.id: Document(row.id, ids.long(), a.clone(), f.clone(), row.spans) for row, ids, a, f in pieces}
+        return [found[row.id] for row in rows]
 
 
 def check_rows(rows: Sequence[Row], split: str) -> None:

@@ -47,7 +47,10 @@ class Trainer:
 
     def __post_init__(self) -> None:
         c = self.config
-        self.train_rows, self.eval_rows = self.features.rows("train"), self.features.rows("eval")
+        # by id, so that the order of training does not depend on where the states come from
+        self.train_rows, self.eval_rows = (
+            sorted(self.features.rows(split), key=lambda row: row.id) for split in ("train", "eval")
+        )
         check_rows(self.train_rows, "train")
         check_rows(self.eval_rows, "eval")
         self.plan = plan_steps(self.train_rows, c)

@@ -8,9 +8,10 @@ import torch
 
 from specflow.config import Family, Params
 from specflow.drafters.eagle3 import save_draft
-from specflow.files import sha256_file, sha256_json, write_json
-from specflow.hidden_states import HiddenStateStore
+from specflow.files import read_jsonl, sha256_file, sha256_json, write_json
+from specflow.hidden_states import Expected, HiddenStateStore
 from specflow.paths import Paths
+from specflow.targets.extract import resolve_aux_layer_ids
 from specflow.targets.model import TargetFacts, load_embedding, load_lm_head, load_model, read_facts
 from specflow.training.checkpoint import Checkpoints, Progress
 from specflow.training.features import Features, LiveFeatures, StoredFeatures
@@ -23,15 +24,9 @@ logger = logging.getLogger("specflow")
 def run_offline(name: str, family: Family, params: Params, paths: Paths, log: Log) -> dict[str, float]:
     """Train from the hidden-state store; returns headline metrics."""
     facts = read_facts(paths.target)
-    aux_layer_ids = aux_ids(facts, family)
-    store = HiddenStateStore.open(
-        paths.manifest,
-        target_digest=facts.digest,
-        template_digest=facts.template_digest,
-        dtype=family.extract.dtype,
-        aux_layer_ids=aux_layer_ids,
-        verify=True,
-    )
+    ids = resolve_aux_layer_ids(facts, family.extract)
+    expected = Expected(facts.digest, facts.template_digest, family.extract.dtype, ids)
+    store = HiddenStateStore.open(paths.manifest, expected, verify=True)
     return _train("train_offline", family, paths, log, facts, StoredFeatures(store), sha256_file(paths.manifest))
 
 
@@ -39,14 +34,11 @@ def run_online(name: str, family: Family, params: Params, paths: Paths, log: Log
     """Train with the target's forward on the fly; nothing but the draft is written."""
     facts = read_facts(paths.target)
     model = load_model(facts, paths.cache, device=_device().type)
-    samples = {split: paths.samples / f"{split}.jsonl" for split in ("train", "eval")}
-    features = LiveFeatures(model, samples, aux_layer_ids=aux_ids(facts, family), extract=family.extract)
-    digest = sha256_json([facts.digest, family.extract.model_dump(), *(sha256_file(path) for path in samples.values())])
+    files = {split: paths.samples / f"{split}.jsonl" for split in ("train", "eval")}
+    samples = {split: read_jsonl(file, what="samples", made_by=f"dvc repro sample@{name}") for split, file in files.items()}
+    features = LiveFeatures(model, samples, family.extract, resolve_aux_layer_ids(facts, family.extract))
+    digest = sha256_json([facts.digest, family.extract.model_dump(), *(sha256_file(file) for file in files.values())])
     return _train("train_online", family, paths, log, facts, features, digest)
-
-
-def aux_ids(facts: TargetFacts, family: Family) -> list[int]:
-    return sorted(family.extract.aux_layer_ids or facts.default_aux_layer_ids())
 
 
 def _device() -> torch.device:
@@ -71,7 +63,7 @@ def _train(
             facts.digest,
         ]
     )
-    draft = initial_draft(facts, family, paths.cache, paths.vocab, aux_ids(facts, family))
+    draft = initial_draft(facts, family, paths.cache, paths.vocab, resolve_aux_layer_ids(facts, family.extract))
     trainer = Trainer(
         stage=stage,
         draft=draft,

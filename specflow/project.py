@@ -1,0 +1,101 @@
+"""The project as a whole: making a folder ready, the short table of results, the MLflow record's repair."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from specflow.config import load_params
+from specflow.errors import UserError
+from specflow.paths import Paths
+from specflow.stage import configure_logging, family_paths, listed_families
+
+DVC_SETTINGS = {"core.analytics": "false", "core.check_update": "false", "core.autostage": "false"}
+
+
+def init_project(root: Path, params_path: Path) -> list[str]:
+    """Set up DVC, the MLflow store and its experiments in `root`; say what is there. Idempotent."""
+    params = load_params(params_path)
+    configure_logging()
+    if not any((folder / ".git").exists() for folder in (root.resolve(), *root.resolve().parents)):
+        raise UserError(f"{root.resolve()} is not in a git repository: run `git init` first, DVC needs it")
+    dvc = shutil.which("dvc")
+    if dvc is None:
+        raise UserError("no `dvc` on the PATH: activate the environment that specflow is installed in")
+    if not (root / ".dvc").is_dir():
+        _run([dvc, "init", "--quiet"], root)
+    config = (root / ".dvc" / "config").read_text(encoding="utf-8")
+    for key, value in DVC_SETTINGS.items():
+        if f"{key.partition('.')[2]} = {value}" not in config:
+            _run([dvc, "config", key, value], root)
+    from specflow import tracking
+
+    client = tracking.open_store(root)
+    names = listed_families(params)
+    for name in names:
+        tracking.ensure_experiment(client, name, root)
+    return [
+        f"DVC: {root / '.dvc'}",
+        f"MLflow: {root / tracking.STORE}, experiments {', '.join(names) or 'none yet'}",
+        "Next: dvc repro",
+    ]
+
+
+def _run(command: list[str], root: Path) -> None:
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise UserError(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())}")
+
+
+def sync_mlflow(params_path: Path) -> list[str]:
+    """Rebuild missing MLflow runs of every listed family; one line per family."""
+    from specflow import tracking
+
+    params = load_params(params_path)
+    configure_logging()
+    lines = []
+    for name in listed_families(params):
+        rebuilt = tracking.sync(name, params, family_paths(name, params))
+        lines.append(f"{name}: rebuilt {', '.join(rebuilt)}" if rebuilt else f"{name}: nothing missing")
+    return lines
+
+
+def results_text(params_path: Path) -> str:
+    """The benchmark of every listed family as a short table, and where the report is."""
+    params = load_params(params_path)
+    blocks = []
+    for name in listed_families(params):
+        paths = family_paths(name, params)
+        file = paths.bench / "summary.json"
+        if file.exists():
+            blocks.append(_family_table(name, json.loads(file.read_text(encoding="utf-8"))))
+    if not blocks:
+        raise UserError("no results yet: run `dvc repro` first")
+    report = Paths(root=Path(), family="", cache=Path()).report / "report.html"
+    where = [f"Report: {report}"] if report.exists() else ["Report: run `dvc repro report`"]
+    return "\n\n".join([*blocks, "\n".join([*where, "Runs:   mlflow ui --backend-store-uri sqlite:///mlflow.db"])])
+
+
+def _family_table(name: str, summary: dict[str, Any]) -> str:
+    header = ["prompt set", "acceptance", "survival by position", "tok/s", "without", "speedup [95 % CI]", "lossless"]
+    rows = [header]
+    for set_name, result in summary["sets"].items():
+        low, high = result["speedup_ci"]
+        rows.append(
+            [
+                set_name,
+                f"{result['acceptance_length']:.2f}",
+                " ".join(f"{rate:.2f}" for rate in result["survival"]),
+                f"{result['tok_s']:.1f}",
+                f"{result['baseline_tok_s']:.1f}",
+                f"{result['speedup']:.2f}x [{low:.2f}, {high:.2f}]",
+                {True: "yes", False: "NO", None: "sampled"}[result["lossless"]],
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    title = f"{name}, {summary['num_speculative_tokens']} drafted tokens a step"
+    return "\n".join([title, *table, summary["verdict"]])
