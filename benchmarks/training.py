@@ -1,8 +1,9 @@
-"""Training throughput, as ratios measured side by side in one process: `python benchmarks/training.py [--family smollm2]`.
+"""Training throughput, as ratios measured side by side in one process: `python benchmarks/training.py [--family
+smollm2]`.
 
 1. Share of this machine's fp32 GEMM peak that a training step reaches, counting useful FLOPs only.
-2. A batch of 2 x 256 random tokens, all supervised, at TTT 3 and 7, beside the peers' figures for the same batch and draft
-   (measured where torch's fp32 GEMM peak was 184 GFLOP/s; scaled here by today's peak of the same product).
+2. A batch of 2 x 256 random tokens, all supervised, at TTT 3 and 7, beside the peers' figures for the same batch
+and draft (measured where torch's fp32 GEMM peak was 184 GFLOP/s; scaled here by today's peak of the same product).
 3. With --family: the family's own documents packed, against the same documents right-padded to the longest.
 """
 
@@ -100,7 +101,9 @@ def make_trainer(documents: list[Document], ttt_steps: int) -> Trainer:
 
 
 def useful_flops(batch: Batch) -> float:
-    """Products that the definition needs, forward and backward (3 x), and the teacher's (1 x). No attention, no norms."""
+    """Products that the definition needs, forward and backward (3 x), and the teacher's (1 x). No attention, no
+    norms.
+    """
     n, m = len(batch.rows.positions), len(batch.rows.queries)
     q, kv = 576, 192
     layer = 2 * H * q + q * H + 3 * H * INTERMEDIATE
@@ -130,7 +133,8 @@ def peers(runs: int) -> None:
             ratios.append(512 / seconds / (peer_tok_s * plain / PEERS_PEAK_GFLOPS))
             shares.append(useful_flops(batch) / seconds / 1e9 / onednn)
         print(
-            f"2 x 256 tokens, all supervised, TTT {ttt_steps}: {512 / seconds:.0f} tok/s = {statistics.median(ratios):.2f} x "
+            f"2 x 256 tokens, all supervised, TTT {ttt_steps}: {512 / seconds:.0f} tok/s = "
+            f"{statistics.median(ratios):.2f} x "
             f"{peer} scaled to torch's peak of {plain:.0f} GFLOP/s; {statistics.median(shares):.0%} of the oneDNN peak "
             f"({onednn:.0f}), {statistics.median(shares) * onednn / plain:.0%} of torch's"
         )
@@ -145,17 +149,25 @@ def packed_against_padded(family: str, runs: int) -> None:
     groups = [[as_float(d) for d in features.documents([rows[i] for i in members])] for members in plan]
     trainer = make_trainer([d for group in groups for d in group], settings.ttt_steps)
     packed = [pack(group, settings.ttt_steps) for group in groups]
-    padded = [pack([pad(d, max(len(x.token_ids) for x in group)) for d in group], settings.ttt_steps) for group in groups]
-    whole = [pack([every_row(d, max(len(x.token_ids) for x in group)) for d in group], settings.ttt_steps) for group in groups]
+    padded = [
+        pack([pad(d, max(len(x.token_ids) for x in group)) for d in group], settings.ttt_steps) for group in groups
+    ]
+    whole = [
+        pack([every_row(d, max(len(x.token_ids) for x in group)) for d in group], settings.ttt_steps)
+        for group in groups
+    ]
     plain, onednn = gemm_peaks()
     base = time_steps(trainer, packed, runs)
     flops = sum(useful_flops(batch) for batch in packed)
     tokens = sum(len(d.token_ids) for group in groups for d in group)
     print(
         f"{family}, {len(groups)} packed batches: {tokens / base:.0f} tok/s, {flops / base / 1e9:.0f} GFLOP/s useful = "
-        f"{flops / base / 1e9 / onednn:.0%} of the oneDNN peak ({onednn:.0f}), {flops / base / 1e9 / plain:.0%} of torch's ({plain:.0f})"
+        f"{flops / base / 1e9 / onednn:.0%} of the oneDNN peak ({onednn:.0f}), "
+        f"{flops / base / 1e9 / plain:.0%} of torch's ({plain:.0f})"
     )
-    print(f"  the same rows right-padded, pads unsupervised: packed is {time_steps(trainer, padded, runs) / base:.2f} x as fast")
+    print(
+        f"  the same rows right-padded, pads unsupervised: packed is {time_steps(trainer, padded, runs) / base:.2f} x"
+    )
     print(f"  right-padded, every row computed as a rectangle does: {time_steps(trainer, whole, runs) / base:.2f} x")
 
 

@@ -67,7 +67,9 @@ class Data(Section):
     max_turns: Count = 4
     """User turns kept of a conversation."""
     max_prompt_tokens: Count = 512
-    """A conversation stops before the user turn that would exceed this many prompt tokens; dropped if it is the first."""
+    """A conversation stops before the user turn that would exceed this many prompt tokens; dropped if it is the
+    first.
+    """
     seed: Seed = 0
 
 

@@ -2,7 +2,8 @@
 
 A query row at step k attends the keys of step 0 causally within its document (the prefix) and its own keys of steps
 1..k (the diagonal). Query rows come as segments, contiguous runs of supervised rows. On CPU each segment is two
-calls of the flash kernel (earlier rows of the document in full, the segment itself causally), merged with the diagonal by
+calls of the flash kernel (earlier rows of the document in full, the segment itself causally), merged with the
+diagonal by
 log-sum-exp, with the exact joint gradient; memory grows with tokens, not with their square. On GPU the prefix is one
 flex-attention call over a block mask.
 """
@@ -58,7 +59,8 @@ def ttt_attention(
 ) -> Tensor:
     """Joint softmax attention over prefix and diagonal, differentiable in every tensor.
 
-    Shapes: queries [M, heads, d]; keys, values [N, kv_heads, d]; own_keys, own_values lists of [M, kv_heads, d] -> [M, heads, d].
+    Shapes: queries [M, heads, d]; keys, values [N, kv_heads, d]; own_keys, own_values lists of [M, kv_heads, d] ->
+    [M, heads, d].
     """
     if queries.device.type == "cpu":
         return _CpuAttention.apply(queries, keys, values, prefix, len(own_keys), *own_keys, *own_values)
@@ -66,8 +68,8 @@ def ttt_attention(
 
 
 class _CpuAttention(torch.autograd.Function):
-    """The backward hands the *joint* output and log-sum-exp to the flash kernel's backward, which recomputes each part's
-    probabilities as exp(score - lse): those are the joint ones, so the parts' gradients add up exactly."""
+    """The backward hands the *joint* output and log-sum-exp to the flash kernel's backward, which recomputes each
+    part's probabilities as exp(score - lse): those are the joint ones, so the parts' gradients add up exactly."""
 
     @staticmethod
     def forward(

@@ -2,11 +2,12 @@
 
 One decoder layer whose q/k/v read `[RMS(embedding); RMS(h)]` and whose residual stream is the un-normed `h`; a pruned
 output head; `fc` that fuses three residual streams of the target. The target's embedding table is not a part of it:
-callers pass embeddings. Training (all rows, all training-time-test steps at once) is `unroll`; serving (rows appended to
-a cache) is `decode`. Both run the same layer.
+callers pass embeddings. Training (all rows, all training-time-test steps at once) is `unroll`; serving (rows
+appended to a cache) is `decode`. Both run the same layer.
 
 Row t reads `fc(aux_t)` and the embedding of token t + 1 and predicts token t + 2, at RoPE position t.
-Shape legend: N packed rows, M rows that are supervised at some step (queries), H hidden, A aux streams, D draft vocabulary.
+Shape legend: N packed rows, M rows that are supervised at some step (queries), H hidden, A aux streams, D draft
+vocabulary.
 """
 
 from __future__ import annotations
@@ -107,7 +108,9 @@ class Rotary(nn.Module):
 
 
 class DraftCache:
-    """Keys and values [kv_heads, max_length, head_dim] of the rows decoded so far; set `length` lower to forget rows."""
+    """Keys and values [kv_heads, max_length, head_dim] of the rows decoded so far; set `length` lower to forget
+    rows.
+    """
 
     def __init__(
         self, config: Eagle3Config, max_length: int, dtype: torch.dtype, device: torch.device | str = "cpu"
@@ -182,8 +185,8 @@ class Eagle3Draft(nn.Module):
     def unroll(self, rows: PackedRows, embedding: Tensor) -> list[Tensor]:
         """Training-time test: recycled states [M, H] of the query rows after steps 0..S-1, gradients through all steps.
 
-        `embedding` [V, H] is the target's table. Step k reads embeddings shifted k further and attends the keys of step 0
-        causally within the document plus the row's own keys of steps 1..k (section 3.2); RoPE position t + k.
+        `embedding` [V, H] is the target's table. Step k reads embeddings shifted k further and attends the keys of
+        step 0 causally within the document plus the row's own keys of steps 1..k (section 3.2); RoPE position t + k.
         """
         num_steps = rows.tokens.shape[0]
         self.rotary.reserve(int(rows.positions.max()) + num_steps + 1)
@@ -213,7 +216,8 @@ class Eagle3Draft(nn.Module):
 
     @torch.inference_mode()
     def decode(self, embeddings: Tensor, hidden: Tensor, cache: DraftCache) -> Tensor:
-        """Append n rows (embeddings and hidden [n, H]) to the cache at positions cache.length.. and return recycled states.
+        """Append n rows (embeddings and hidden [n, H]) to the cache at positions cache.length.. and return
+        recycled states.
 
         Causal over the cache and the new rows. Raises UserError when the cache is full.
         """
@@ -221,7 +225,7 @@ class Eagle3Draft(nn.Module):
         end = start + n
         if end > cache.max_length:
             raise UserError(
-                f"{end} draft rows do not fit the draft cache of {cache.max_length}: shorten the prompt or max_new_tokens"
+                f"{end} draft rows do not fit a cache of {cache.max_length}: shorten the prompt or max_new_tokens"
             )
         self.rotary.reserve(end)
         cos, sin = self.rotary.cos[start:end], self.rotary.sin[start:end]

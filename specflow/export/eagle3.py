@@ -1,8 +1,10 @@
 """Plain Hugging Face EAGLE-3 form, the one that vLLM and SGLang load, and its load contract.
 
 Tensor names and shapes follow vLLM's `llama_eagle3.py` loader and SGLang's (both accept `midlayer.` for the one layer;
-vLLM ignores `t2d`). Neither complains about what is missing: a draft without `d2t` or with a forgotten norm flag serves at
-acceptance length 1. So every flag is written, layer ids stand at the top level, and an export is checked before it counts.
+vLLM ignores `t2d`). Neither complains about what is missing: a draft without `d2t` or with a forgotten norm flag
+serves at
+acceptance length 1. So every flag is written, layer ids stand at the top level, and an export is checked before it
+counts.
 """
 
 from __future__ import annotations
@@ -99,7 +101,9 @@ def save_export(draft: Eagle3Draft, facts: TargetFacts, folder: Path) -> None:
 
 
 def check_export(folder: Path, facts: TargetFacts | None = None) -> None:
-    """Hold a folder against the load contract. Raises UserError naming the first thing that a server would get wrong."""
+    """Hold a folder against the load contract. Raises UserError naming the first thing that a server would get
+    wrong.
+    """
     config = read_json(folder / "config.json", what="export config", made_by="specflow export <family>")
     required = {
         "eagle_aux_hidden_state_layer_ids",
@@ -129,7 +133,8 @@ def check_export(folder: Path, facts: TargetFacts | None = None) -> None:
         raise UserError(f"{folder}: d2t and t2d name different tokens: run the vocab and train stages again")
     if config["eagle_aux_hidden_state_layer_ids"] != sorted(set(config["eagle_aux_hidden_state_layer_ids"])):
         raise UserError(
-            f"{folder}: aux layer ids {config['eagle_aux_hidden_state_layer_ids']} must ascend: engines sort them, fc does not"
+            f"{folder}: aux layer ids {config['eagle_aux_hidden_state_layer_ids']} must ascend: engines sort them, "
+            "fc does not; export the draft again"
         )
     if facts is not None:
         _check_target(folder, config, facts)

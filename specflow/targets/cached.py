@@ -103,10 +103,14 @@ class CachedTarget:
         self._sliding_window = getattr(config, "sliding_window", None)
         self._layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
         if unknown := self._layer_types - {"full_attention", "sliding_attention"}:
-            raise UserError(f"target has layers of type {sorted(unknown)}: decoding in process knows full and sliding attention")
+            raise UserError(
+                f"target has layers of type {sorted(unknown)}: decoding in process knows full and sliding attention"
+            )
 
     @torch.inference_mode()
-    def forward(self, token_ids: Tensor, rows: Sequence[int] | None = None, counts: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, rows: Sequence[int] | None = None, counts: Sequence[int] | None = None
+    ) -> Tensor:
         """Append `token_ids` [b, m] to `rows` (default: the first b) and return the post-norm states [b, m, hidden].
 
         `counts` [b] says how many of the m tokens are real where rows differ (right padding); the padding is written
@@ -119,7 +123,9 @@ class CachedTarget:
         w = self._window
         w.end = int(lengths.max()) + m
         if w.end > self.max_length:
-            raise UserError(f"{w.end} tokens do not fit the cache of {self.max_length}: shorten the prompt or max_new_tokens")
+            raise UserError(
+                f"{w.end} tokens do not fit the cache of {self.max_length}: shorten the prompt or max_new_tokens"
+            )
         slots = lengths[:, None] + torch.arange(m)
         w.start = int(lengths[0]) if self.num_rows == 1 else None
         w.slots, w.rows = slots.to(self.device), None if rows is None else index.to(self.device)
@@ -184,11 +190,15 @@ class CachedTarget:
 
 
 def capture_hooks(decoder: torch.nn.Module, layer_ids: Sequence[int], into: dict[int, Tensor]) -> list[Any]:
-    """Hooks that leave the residual stream after k layers in `into[k]` at each forward of `decoder`. Returns handles."""
+    """Hooks that leave the residual stream after k layers in `into[k]` at each forward of `decoder`. Returns
+    handles.
+    """
     hooks = []
     for k in layer_ids:
         if not 0 <= k <= len(decoder.layers):
-            raise UserError(f"aux layer id {k} is outside 0..{len(decoder.layers)}: ids count layers run, 0 = embeddings")
+            raise UserError(
+                f"aux layer id {k} is outside 0..{len(decoder.layers)}: ids count layers run, 0 = embeddings"
+            )
         if k == 0:
 
             def before(module: Any, args: Any, kwargs: Any) -> None:

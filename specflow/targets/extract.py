@@ -247,7 +247,8 @@ class StateCapture:
 
     @torch.inference_mode()
     def __call__(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """States of token lists, end to end without padding: ids int32 [N], aux [N, A * H], final [N, H], finite bool [N].
+        """States of token lists, end to end without padding: ids int32 [N], aux [N, A * H], final [N, H], finite
+        bool [N].
 
         One right-padded forward, so rows of similar length cost least; causal attention keeps the padding from the
         tokens before it.

@@ -67,7 +67,9 @@ class TargetFacts(BaseModel):
         return folder
 
     def default_aux_layer_ids(self) -> list[int]:
-        """(2, n//2, n-3), the EAGLE-3 default in vLLM's numbering; SpecForge's [1, n//2-1, n-4] are the same tensors."""
+        """(2, n//2, n-3), the EAGLE-3 default in vLLM's numbering; SpecForge's [1, n//2-1, n-4] are the same
+        tensors.
+        """
         n = self.num_hidden_layers
         ids = sorted({min(2, n), n // 2, max(n - 3, 0)})
         return ids if len(ids) == 3 else list(range(max(n - 2, 0), n + 1))[-3:]
@@ -100,7 +102,7 @@ def load_tokenizer(facts: TargetFacts, cache: Path) -> PreTrainedTokenizerBase:
         tokenizer.chat_template = Path(facts.chat_template).read_text(encoding="utf-8")
     if tokenizer.chat_template is None:
         raise UserError(
-            f"tokenizer of {facts.source} has no chat template: name a Jinja file in target.chat_template of this family"
+            f"tokenizer of {facts.source} has no chat template: name a Jinja file in this family's target.chat_template"
         )
     return tokenizer
 

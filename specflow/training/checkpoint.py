@@ -1,7 +1,7 @@
 """One checkpoint file per run key: everything an interrupted run needs to go on bitwise as if it had not stopped.
 
-Lives outside DVC's outputs, which DVC deletes before a stage runs; the key is a digest of all that the run depends on, so
-a changed setting starts afresh and an unchanged one resumes.
+Lives outside DVC's outputs, which DVC deletes before a stage runs; the key is a digest of all that the run depends
+on, so a changed setting starts afresh and an unchanged one resumes.
 """
 
 from __future__ import annotations

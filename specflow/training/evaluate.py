@@ -37,8 +37,8 @@ def target_choices(batch: Batch, full_head: Tensor) -> Tensor:
 def count_survivors(draft: Eagle3Draft, batch: Batch, choices: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
     """Surviving and started chains by position, [S] and [S] int64.
 
-    A chain starts at every supervised row. Position k counts the chains whose predicted tokens up to k + 1 exist, so the
-    end of an answer censors instead of failing. A draft token survives when its target id is `choices` there.
+    A chain starts at every supervised row. Position k counts the chains whose predicted tokens up to k + 1 exist,
+    so the end of an answer censors instead of failing. A draft token survives when its target id is `choices` there.
     """
     steps = draft.unroll(batch.rows, embedding)
     num_queries = len(batch.rows.queries)

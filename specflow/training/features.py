@@ -1,4 +1,6 @@
-"""Where a document's hidden states come from: the store (offline) or the target's forward (online). Same documents out."""
+"""Where a document's hidden states come from: the store (offline) or the target's forward (online). Same documents
+out.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class StoredFeatures:
 class LiveFeatures:
     """Online: runs the target on the very rows that `extract` would capture, in the target's dtype; writes nothing."""
 
-    def __init__(self, model: PreTrainedModel, samples: dict[str, list[Any]], extract: Extract, aux_ids: list[int]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, samples: dict[str, list[Any]], extract: Extract, aux_ids: list[int]
+    ) -> None:
         self._rows, _ = select_rows(samples, extract)
         self._tokens = {row.info.id: row.token_ids for row in self._rows}
         self._batch_tokens = extract.batch_tokens
@@ -63,7 +67,9 @@ class LiveFeatures:
             lengths = [row.length for row in part]
             check_finite([row.id for row in part], lengths, finite, str(aux.dtype))
             pieces = zip(part, *(x.split(lengths) for x in (token_ids, aux, final)), strict=True)
-            found |= {row.id: Document(row.id, ids.long(), a.clone(), f.clone(), row.spans) for row, ids, a, f in pieces}
+            found |= {
+                row.id: Document(row.id, ids.long(), a.clone(), f.clone(), row.spans) for row, ids, a, f in pieces
+            }
         return [found[row.id] for row in rows]
 
 

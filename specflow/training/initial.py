@@ -95,7 +95,8 @@ def copy_from_target(draft: Eagle3Draft, facts: TargetFacts, cache: Path, parts:
             own = getattr(draft, module).weight
             if own.shape != weight.shape:
                 raise UserError(
-                    f"train.init_from_target {part}: target has {list(weight.shape)}, draft {list(own.shape)}: take {part} out of it"
+                    f"train.init_from_target {part}: target has {list(weight.shape)}, draft {list(own.shape)}: "
+                    f"take {part} out of it"
                 )
             with torch.no_grad():
                 own.copy_(weight)

@@ -68,7 +68,9 @@ class Trainer:
         self._choices: dict[int, Tensor] = {}
 
     def run(self) -> Progress:
-        """Train to the end of the plan, from the last checkpoint if there is one; the draft ends with its best weights."""
+        """Train to the end of the plan, from the last checkpoint if there is one; the draft ends with its best
+        weights.
+        """
         progress = self.checkpoints.load(self.draft, self.optimizer)
         evals, saves = (
             _spread(len(self.plan), self.config.evals),
@@ -99,7 +101,9 @@ class Trainer:
         return progress
 
     def step(self, group: list[Batch], step: int) -> dict[str, float]:
-        """One optimizer step over the micro-batches of `group`; returns its loss, per-step losses and matches, lr, norm."""
+        """One optimizer step over the micro-batches of `group`; returns its loss, per-step losses and matches, lr,
+        norm.
+        """
         c = self.config
         counts = [sum(len(batch.supervised[k]) for batch in group) for k in range(c.ttt_steps)]
         weights = [c.ttt_decay**k / max(count, 1) for k, count in enumerate(counts)]
@@ -188,7 +192,9 @@ class Trainer:
 
 
 def plan_steps(rows: list[Row], config: Train) -> list[list[list[int]]]:
-    """All optimizer steps of a run: lists of micro-batches of row numbers. Rows that no step supervises are left out."""
+    """All optimizer steps of a run: lists of micro-batches of row numbers. Rows that no step supervises are left
+    out.
+    """
     useful = [i for i, row in enumerate(rows) if sum(count_supervised(row.length, row.spans, config.ttt_steps))]
     lengths = [rows[i].length for i in useful]
     steps = []

@@ -1,9 +1,9 @@
 """The training-time-test loss: soft cross-entropy of every step to the target's distribution over the draft vocabulary.
 
 Fused with the output head and computed in chunks of teacher positions: the teacher's probabilities of a chunk are
-formed once and serve all steps, and no [tokens, vocabulary] array ever exists, neither for the target nor for the draft.
-Gradients are formed in the forward pass, while a chunk's logits are at hand. The reduction is a sum over supervised rows
-divided by counts that the caller gives, so packing, padding and accumulation cannot change it.
+formed once and serve all steps, and no [tokens, vocabulary] array ever exists, neither for the target nor for the
+draft. Gradients are formed in the forward pass, while a chunk's logits are at hand. The reduction is a sum over
+supervised rows divided by counts that the caller gives, so packing, padding and accumulation cannot change it.
 """
 
 from __future__ import annotations
@@ -56,15 +56,18 @@ def ttt_loss(
 ) -> tuple[Tensor, StepSums]:
     """Weighted sum of per-row losses over all steps, differentiable in `hidden` and `head`, and its unweighted parts.
 
-    hidden[k] [R_k, H]: normed states of the rows supervised at step k; teacher_rows[k] [R_k] int64 ascending: the teacher
-    position each of them predicts; head [D, H]; weights[k]: decay**k / number of supervised rows of the whole
+    hidden[k] [R_k, H]: normed states of the rows supervised at step k; teacher_rows[k] [R_k] int64 ascending: the
+    teacher position each of them predicts; head [D, H]; weights[k]: decay**k / number of supervised rows of the whole
     optimizer step. Per row, with draft_probs = softmax(draft logits) over D:
-    kl: -sum teacher_probs * log draft_probs, teacher_probs renormalised over the draft vocabulary (EAGLE-3, section 3.2);
+    kl: -sum teacher_probs * log draft_probs, teacher_probs renormalised over the draft vocabulary (EAGLE-3,
+    section 3.2);
     lk_hybrid (arXiv 2602.23881): w * kl + (1 - w) * (1 - alpha), alpha = sum min(target_probs, draft_probs) with
     full-vocabulary target_probs, w = exp(-eta * alpha) held constant.
     """
     sums = torch.zeros(3, len(hidden), dtype=torch.float64, device=head.device)
-    total = _FusedLoss.apply(head, teacher, teacher_rows, (weights, loss, eta, chunk_rows), sums, *hidden)
+    total: Tensor = _FusedLoss.apply(  # type: ignore[no-untyped-call]
+        head, teacher, teacher_rows, (weights, loss, eta, chunk_rows), sums, *hidden
+    )
     return total, StepSums(*sums)
 
 

@@ -1,7 +1,7 @@
 """Packing: whole documents end to end into micro-batches, and the row bookkeeping of training-time test.
 
-No padding and no split documents. Only rows where a chain of supervised tokens starts are queries; the other rows of a document
-(prompts, later user turns) cost a feature and a key, never an MLP, a head or a loss.
+No padding and no split documents. Only rows where a chain of supervised tokens starts are queries; the other rows
+of a document (prompts, later user turns) cost a feature and a key, never an MLP, a head or a loss.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from specflow.drafters.eagle3 import PackedRows
 
 @dataclass(frozen=True)
 class Document:
-    """One captured row: token_ids [T] int64, aux [T, A * H], final [T, H] post-norm states, spans of supervised tokens."""
+    """One captured row: token_ids [T] int64, aux [T, A * H], final [T, H] post-norm states, spans of supervised
+    tokens.
+    """
 
     id: str
     token_ids: Tensor

@@ -35,7 +35,9 @@ def run_online(name: str, family: Family, params: Params, paths: Paths, log: Log
     facts = read_facts(paths.target)
     model = load_model(facts, paths.cache, device=_device().type)
     files = {split: paths.samples / f"{split}.jsonl" for split in ("train", "eval")}
-    samples = {split: read_jsonl(file, what="samples", made_by=f"dvc repro sample@{name}") for split, file in files.items()}
+    samples = {
+        split: read_jsonl(file, what="samples", made_by=f"dvc repro sample@{name}") for split, file in files.items()
+    }
     features = LiveFeatures(model, samples, family.extract, resolve_aux_layer_ids(facts, family.extract))
     digest = sha256_json([facts.digest, family.extract.model_dump(), *(sha256_file(file) for file in files.values())])
     return _train("train_online", family, paths, log, facts, features, digest)
@@ -88,7 +90,8 @@ def _say_plan(trainer: Trainer) -> None:
     tokens = sum(row.length for row in trainer.train_rows)
     logger.info(
         "%s: %.1fM parameters, %d documents, %d tokens x %d epochs, %d optimizer steps on %s",
-        trainer.stage, parameters / 1e6, len(trainer.train_rows), tokens, trainer.config.epochs, len(trainer.plan), trainer.device,
+        trainer.stage, parameters / 1e6, len(trainer.train_rows), tokens, trainer.config.epochs, len(trainer.plan),
+        trainer.device,
     )  # fmt: skip
 
 

@@ -50,7 +50,9 @@ def make_document(length: int, spans: list[tuple[int, int]], seed: int, dtype: t
 
 
 def rms(x, weight):
-    return [v * w / math.sqrt(sum(u * u for u in x) / len(x) + CONFIG.rms_norm_eps) for v, w in zip(x, weight, strict=True)]
+    return [
+        v * w / math.sqrt(sum(u * u for u in x) / len(x) + CONFIG.rms_norm_eps) for v, w in zip(x, weight, strict=True)
+    ]
 
 
 def mat(weight, x):
@@ -94,7 +96,10 @@ def reference(draft: Eagle3Draft, document: Document, embedding, steps: int):
             attended = []
             for h in range(heads):
                 group = h // (heads // kv)
-                scores = [sum(a * b for a, b in zip(queries[t][h], key[group], strict=True)) / math.sqrt(hd) for key, _ in seen]
+                scores = [
+                    sum(a * b for a, b in zip(queries[t][h], key[group], strict=True)) / math.sqrt(hd)
+                    for key, _ in seen
+                ]
                 weights = [math.exp(s - max(scores)) for s in scores]
                 attended += [
                     sum(wt * value[group][d] for wt, (_, value) in zip(weights, seen, strict=True)) / sum(weights)
@@ -113,7 +118,9 @@ def reference(draft: Eagle3Draft, document: Document, embedding, steps: int):
 
 @pytest.fixture(scope="module")
 def embedding():
-    return torch.randn(CONFIG.vocab_size, CONFIG.hidden_size, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    return torch.randn(
+        CONFIG.vocab_size, CONFIG.hidden_size, generator=torch.Generator().manual_seed(9), dtype=torch.float64
+    )
 
 
 def test_unroll_equals_the_definition_in_fp64(embedding):
@@ -201,7 +208,9 @@ def test_flex_attention_path_equals_dense_softmax():
     with torch.no_grad():
         tensors = [tensor.detach() for tensor in tensors]
         q, k, v, *own = tensors
-        assert torch.allclose(flex_ttt_attention(q, k, v, own[:2], own[2:], prefix), dense_attention(tensors, prefix), atol=1e-5)
+        assert torch.allclose(
+            flex_ttt_attention(q, k, v, own[:2], own[2:], prefix), dense_attention(tensors, prefix), atol=1e-5
+        )
 
 
 def test_save_and_load_give_equal_tensors_and_a_damaged_file_is_one_line(tmp_path):
@@ -217,7 +226,9 @@ def test_save_and_load_give_equal_tensors_and_a_damaged_file_is_one_line(tmp_pat
 
 def test_rope_whose_angles_depend_on_length_is_refused():
     with pytest.raises(UserError, match="dynamic"):
-        Eagle3Draft(CONFIG.model_copy(update={"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}))
+        Eagle3Draft(
+            CONFIG.model_copy(update={"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}})
+        )
 
 
 def test_a_full_draft_cache_is_one_line(embedding):

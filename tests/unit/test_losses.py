@@ -20,7 +20,13 @@ def case(rows=(7, 5), positions=8, seed=0):
     full = torch.randn(V, HT, generator=g, dtype=torch.float64)
     chosen = torch.randperm(V, generator=g)[:D].sort().values
     states = torch.randn(positions, HT, generator=g, dtype=torch.float64)
-    return hidden, where, head, Teacher(states, full[chosen], full, torch.randint(-1, D, (positions,), generator=g)), chosen
+    return (
+        hidden,
+        where,
+        head,
+        Teacher(states, full[chosen], full, torch.randint(-1, D, (positions,), generator=g)),
+        chosen,
+    )
 
 
 def plain(hidden, where, head, teacher, chosen, weights, loss, eta=3.0):
@@ -120,7 +126,9 @@ def test_padding_changes_neither_loss_nor_gradient():
     from specflow.training.packing import Document
     from tests.unit.test_eagle3 import CONFIG, make_draft
 
-    table = torch.randn(CONFIG.vocab_size, CONFIG.hidden_size, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    table = torch.randn(
+        CONFIG.vocab_size, CONFIG.hidden_size, generator=torch.Generator().manual_seed(5), dtype=torch.float64
+    )
     draft, document = make_draft(), make_document(9, [(3, 9)], 4)
 
     def padded(x):
@@ -134,7 +142,11 @@ def test_padding_changes_neither_loss_nor_gradient():
         steps = draft.unroll(batch.rows, table)
         hidden = [draft.norm(h[rows]) for h, rows in zip(steps, batch.supervised, strict=True)]
         total, sums = ttt_loss(
-            hidden, batch.teacher_rows, draft.lm_head.weight, Teacher(batch.teacher_states, head), [1 / len(hidden[0]), 0.8 / len(hidden[1])]
+            hidden,
+            batch.teacher_rows,
+            draft.lm_head.weight,
+            Teacher(batch.teacher_states, head),
+            [1 / len(hidden[0]), 0.8 / len(hidden[1])],
         )
         losses.append((total.item(), sums.count.tolist(), torch.autograd.grad(total, draft.fc.weight)[0]))
     assert math.isclose(losses[0][0], losses[1][0], rel_tol=1e-7)

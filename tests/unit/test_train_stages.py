@@ -38,7 +38,9 @@ def make_project(root, target, **train):
 
 
 def curves(project):
-    return [read_json(project.paths.plot(name), what="curve", made_by="train") for name in ("training.json", "eval.json")]
+    return [
+        read_json(project.paths.plot(name), what="curve", made_by="train") for name in ("training.json", "eval.json")
+    ]
 
 
 def test_offline_and_online_give_the_same_losses_step_for_step(tmp_path, target):
@@ -96,7 +98,7 @@ def test_first_weights_are_the_targets_own(tmp_path, target):
 
 def test_a_part_that_does_not_fit_is_one_line(tmp_path, target):
     project = make_project(tmp_path, target, intermediate_size=8)
-    with pytest.raises(UserError, match="init_from_target mlp: target has .* take mlp out of it"):
+    with pytest.raises(UserError, match=r"init_from_target mlp: target has .* take mlp out of it"):
         initial_draft(project.facts, project.family, project.paths.cache, project.paths.vocab, [1, 2, 3])
 
 

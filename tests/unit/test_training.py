@@ -42,7 +42,15 @@ def documents(count: int, seed: int) -> list[Document]:
 
 
 def make_trainer(folder, *, key="k", log=lambda values, step: None, **changes) -> Trainer:
-    settings = {"ttt_steps": 3, "epochs": 3, "batch_tokens": 30, "accumulate": 2, "lr": 1e-2, "evals": 3, "checkpoints": 2}
+    settings = {
+        "ttt_steps": 3,
+        "epochs": 3,
+        "batch_tokens": 30,
+        "accumulate": 2,
+        "lr": 1e-2,
+        "evals": 3,
+        "checkpoints": 2,
+    }
     return Trainer(
         stage="train_offline",
         draft=make_draft(dtype=torch.float32),
@@ -107,7 +115,9 @@ def test_accumulation_equals_one_large_batch(tmp_path):
 
 
 def test_overfitting_a_few_documents_reaches_certainty(tmp_path):
-    """Loss falls to the teacher's entropy and every chain survives: acceptance length 1 + ttt_steps on the same rows."""
+    """Loss falls to the teacher's entropy and every chain survives: acceptance length 1 + ttt_steps on the same
+    rows.
+    """
     trainer = make_trainer(tmp_path, epochs=150, batch_tokens=256, accumulate=1, lr=1e-2, evals=1)
     choices = _teach_greedy(trainer)
     trainer.run()
