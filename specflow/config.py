@@ -110,6 +110,10 @@ class Train(Section):
     loss: Literal["kl", "lk_hybrid"] = "kl"
     init_from_target: list[Literal["mlp", "o_proj", "norm", "lm_head"]] = ["mlp", "o_proj", "norm", "lm_head"]
     """Parts of the draft that start as the target's last layer, final norm and head rows."""
+    fit_tokens: Annotated[int, Field(ge=0)] = 65536
+    """Training tokens for the closed-form start of fc and attention (training/warmstart.py); 0 starts them at
+    random.
+    """
     init_from: str | None = None
     """Folder of an exported EAGLE-3 draft to continue from."""
     intermediate_size: Count | None = None

@@ -24,6 +24,8 @@ class Progress:
     best_acceptance_length: float = 0.0
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     curves: dict[str, list[dict[str, float]]] = field(default_factory=lambda: {"training": [], "eval": []})
+    fit_r2: float = 0.0
+    """R^2 of the closed-form start, 0 without one."""
     seconds: float = 0.0
     """Training time over all sessions of the run, without evaluation."""
 

@@ -27,6 +27,10 @@ from specflow.training.evaluate import Expectation, count_survivors, expectation
 from specflow.training.features import Features, Row, check_rows
 from specflow.training.losses import StepSums, Teacher, ttt_loss
 from specflow.training.packing import Batch, count_supervised, pack, plan_batches
+from specflow.training.warmstart import feature_scale, fit_linear
+
+SCALE_TOKENS = 16384
+"""Tokens that the scale of the features is estimated on."""
 
 Log = Callable[[dict[str, float], int], None]
 
@@ -66,12 +70,21 @@ class Trainer:
         self._draft_ids = torch.full((self.draft.config.vocab_size,), -1, dtype=torch.int64, device=self.device)
         self._draft_ids[self.draft.t2d] = torch.arange(self.draft.config.draft_vocab_size, device=self.device)
         self._choices: dict[int, Tensor] = {}
+        self.feature_scale = torch.ones(self.draft.fc.in_features)
+        self.feature_scale = feature_scale(self._sample(SCALE_TOKENS))
+        with torch.no_grad():  # the same function of the unscaled features
+            self.draft.fc.weight.mul_(self.feature_scale.to(self.device))
 
     def run(self) -> Progress:
         """Train to the end of the plan, from the last checkpoint if there is one; the draft ends with its best
         weights.
         """
         progress = self.checkpoints.load(self.draft, self.optimizer)
+        if progress.step == 0 and self.config.fit_tokens and self.config.init_from is None:
+            batches = self._sample(self.config.fit_tokens)
+            progress.fit_r2 = fit_linear(
+                self.draft, tqdm(batches, desc=f"{self.stage}: fit", unit="batch"), self.embedding
+            )
         evals, saves = (
             _spread(len(self.plan), self.config.evals),
             _spread(len(self.plan), self.config.checkpoints),
@@ -98,7 +111,19 @@ class Trainer:
                 if stop.signal is not None:
                     raise SystemExit(128 + stop.signal)
         self.draft.load_state_dict(progress.best_weights)
+        with torch.no_grad():
+            self.draft.fc.weight.div_(self.feature_scale.to(self.device))
         return progress
+
+    def _sample(self, num_tokens: int) -> Iterator[Batch]:
+        """Batches of the first epoch's order, up to about `num_tokens` tokens."""
+        seen = 0
+        for members in (batch for group in self.plan for batch in group):
+            if seen >= num_tokens:
+                return
+            batch = self._load([self.train_rows[i] for i in members])
+            seen += len(batch.rows.positions)
+            yield batch.to(self.device)
 
     def step(self, group: list[Batch], step: int) -> dict[str, float]:
         """One optimizer step over the micro-batches of `group`; returns its loss, per-step losses and matches, lr,
@@ -173,7 +198,7 @@ class Trainer:
 
     def _load(self, rows: list[Row]) -> Batch:
         batch = pack(self.features.documents(rows), self.config.ttt_steps)
-        packed = replace(batch.rows, aux=batch.rows.aux.float())
+        packed = replace(batch.rows, aux=batch.rows.aux.float() / self.feature_scale)
         return replace(batch, rows=packed, teacher_states=batch.teacher_states.float())
 
     def _prefetched(self, first: int) -> Iterator[list[Batch]]:
