@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+Log = Callable[[dict[str, float], int], None]
+"""How a stage reports points of a curve: (values, step)."""
 
 
 @dataclass(frozen=True)

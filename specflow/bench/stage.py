@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +28,7 @@ from specflow.decoding.chain import ChainDrafter
 from specflow.decoding.lookup import LookupDrafter
 from specflow.errors import UserError
 from specflow.export.eagle3 import load_export
-from specflow.paths import Paths
+from specflow.paths import Log, Paths
 from specflow.sources import resolve
 from specflow.targets.attention import optimise_for_inference
 from specflow.targets.cached import CachedTarget
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
     from specflow.drafters.eagle3 import Eagle3Draft
 
-Log = Callable[[dict[str, float], int], None]
 Sets = dict[str, list[Question]]
 HELDOUT = "heldout"
 

@@ -19,12 +19,9 @@ from specflow.files import atomic_path, read_jsonl, write_json
 from specflow.targets.model import load_tokenizer, read_facts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from specflow.config import Family, Params
-    from specflow.paths import Paths
+    from specflow.paths import Log, Paths
 
-    Log = Callable[[dict[str, float], int], None]
     Counts = NDArray[np.int64]
 
 

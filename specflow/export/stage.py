@@ -6,9 +6,8 @@ from specflow.config import Family, Params
 from specflow.drafters.eagle3 import load_draft
 from specflow.export.eagle3 import load_export, save_export
 from specflow.files import sha256_file
-from specflow.paths import Paths
+from specflow.paths import Log, Paths
 from specflow.targets.model import read_facts
-from specflow.training.loop import Log
 
 
 def run(name: str, family: Family, params: Params, paths: Paths, log: Log) -> dict[str, float]:

@@ -36,14 +36,11 @@ from specflow.targets.cached import capture_hooks
 from specflow.targets.model import TargetFacts, decoder_of, load_model, read_facts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from transformers import PreTrainedModel
 
     from specflow.config import Extract, Family, Params
-    from specflow.paths import Paths
+    from specflow.paths import Log, Paths
 
-    Log = Callable[[dict[str, float], int], None]
 
 logger = logging.getLogger("specflow")
 SPLITS = ("train", "eval")

@@ -21,12 +21,9 @@ from specflow.targets import generation
 from specflow.targets.model import TargetFacts, load_model, load_tokenizer, read_facts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from specflow.config import Family, Params, Sample
-    from specflow.paths import Paths
+    from specflow.paths import Log, Paths
 
-    Log = Callable[[dict[str, float], int], None]
 
 SPLITS = ("train", "eval")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from specflow.config import Train
 from specflow.drafters.eagle3 import Eagle3Draft
 from specflow.errors import UserError
+from specflow.paths import Log
 from specflow.training.checkpoint import Checkpoints, Progress
 from specflow.training.evaluate import Expectation, count_survivors, expectation, target_choices
 from specflow.training.features import Features, Row, check_rows
@@ -31,8 +32,6 @@ from specflow.training.warmstart import feature_scale, fit_linear
 
 SCALE_TOKENS = 16384
 """Tokens that the scale of the features is estimated on."""
-
-Log = Callable[[dict[str, float], int], None]
 
 
 @dataclass
