@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", default="smollm2")
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=5)
     arguments = parser.parse_args()
     params = load_params(Path("params.yaml"))
     paths, settings = family_paths(arguments.family, params), params.family(arguments.family).extract
@@ -68,6 +68,7 @@ def main() -> None:
             capture(model, shards, tokens, Path(folder), settings, layers)
 
     bare()
+    captured()
     pairs = [(seconds(captured), seconds(bare)) for _ in range(arguments.pairs)]
     ratios = [plain / whole for whole, plain in pairs]
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {total} tokens")

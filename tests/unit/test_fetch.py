@@ -125,7 +125,7 @@ def test_identity_changes_with_weights_and_template_only_where_it_should(tmp_pat
 def test_bad_targets_are_one_line(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     without = make_tiny_target(tmp_path / "without", chat_template=None)
-    with pytest.raises(UserError, match=r"no chat template: name a Jinja file in target.chat_template"):
+    with pytest.raises(UserError, match=r"no chat template: name a Jinja file in this family's target.chat_template"):
         facts_of(without, tmp_path)
     with pytest.raises(UserError, match=r"chat_template nowhere.jinja does not exist"):
         facts_of(without, tmp_path, chat_template="nowhere.jinja")
