@@ -154,6 +154,20 @@ def test_dvc_shows_metrics_and_plots(project: Project) -> None:
         assert plots[f"artifacts/tiny/plots/{name}.json"], name
 
 
+def test_results_are_committed_and_compared_and_experiments_run(project: Project) -> None:
+    """What `git add .` takes after a run is small text: metrics, plots and the lock; DVC ignores the rest."""
+    project.run("git", "add", ".gitignore", "artifacts", "dvc.yaml", "dvc.lock", "params.yaml", ".dvc", ".dvcignore")
+    committed = project.run("git", "diff", "--cached", "--name-only").split()
+    assert "artifacts/tiny/metrics/bench.json" in committed and "artifacts/tiny/plots/eval.json" in committed
+    assert not [name for name in committed if name.endswith((".safetensors", ".jsonl"))]
+    project.run("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "-m", "results")
+    said = project.run("dvc", "exp", "run", "-S", "families.tiny.bench.max_new_tokens=5")
+    assert re.findall(r"Running stage '([^']+)'", said) == ["bench@tiny", "report"]
+    assert project.json("artifacts/tiny/bench/summary.json")["settings"]["max_new_tokens"] == 5
+    changed = json.loads(project.run("dvc", "metrics", "diff", "--json"))["artifacts/tiny/metrics/bench.json"]
+    assert changed["tok_s"]["old"] > 0 and changed["tok_s"]["new"] > 0
+
+
 def test_a_family_trains_the_way_it_is_listed(project: Project) -> None:
     said = project.run("specflow", "train_online", "tiny", code=2)
     assert said.count("\n") == 1 and "run train_offline" in said
