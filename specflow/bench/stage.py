@@ -61,8 +61,12 @@ def run(name: str, family: Family, params: Params, paths: Paths, log: Log) -> di
     key = files.sha256_json([settings, digests, about["versions"], about["cpu"]])
     row_log = files.RowLog(paths.state / "bench.jsonl", key)
 
+    fixed = bench.num_speculative_tokens
+    largest = max(bench.sweep) if fixed == "auto" else fixed
+    # before anything slow: a question that does not fit ends the stage
+    max_length = cache_length(tokenizer, {**sets, "sweep": tuning}, bench, largest, facts.max_position_embeddings)
     stock = _stock(facts, paths, tokenizer, sets, bench, device, row_log) if bench.stock_generate else None
-    target, chain = _load_engines(facts, paths, draft, tokenizer, {**sets, "sweep": tuning}, bench, device)
+    target, chain = _load_engines(facts, paths, draft, max_length, device)
     runner = Runner(target, tokenizer, facts.eos_token_ids, bench, row_log)
     num_speculative_tokens, sweep_rows = _choose(runner, chain, tuning, bench, row_log)
     engines = [Engine("baseline"), Engine("draft", chain, num_speculative_tokens)]
@@ -128,14 +132,9 @@ def _load_engines(
     facts: TargetFacts,
     paths: Paths,
     draft: Eagle3Draft,
-    tokenizer: PreTrainedTokenizerBase,
-    sets: Sets,
-    bench: Bench,
+    max_length: int,
     device: torch.device,
 ) -> tuple[CachedTarget, ChainDrafter]:
-    fixed = bench.num_speculative_tokens
-    largest = max(bench.sweep) if fixed == "auto" else fixed
-    max_length = cache_length(tokenizer, sets, bench, largest, facts.max_position_embeddings)
     model = optimise_for_inference(load_model(facts, paths.cache, device=str(device)))
     target = CachedTarget(model, num_rows=1, max_length=max_length, aux_layer_ids=draft.config.aux_layer_ids)
     draft = draft.to(device, model.dtype if device.type == "cuda" else torch.float32)
