@@ -104,7 +104,8 @@ class Rotary(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate x [n, heads, head_dim] by cos, sin [n, head_dim] (half-split layout)."""
         left, right = x.chunk(2, dim=-1)
-        return x * cos[:, None] + torch.cat((-right, left), dim=-1) * sin[:, None]
+        turned = x * cos[:, None] + torch.cat((-right, left), dim=-1) * sin[:, None]
+        return turned.to(x.dtype)  # the tables are fp32, also under bf16 autocast
 
 
 class DraftCache:

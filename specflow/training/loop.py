@@ -197,7 +197,7 @@ class Trainer:
 
     def _load(self, rows: list[Row]) -> Batch:
         batch = pack(self.features.documents(rows), self.config.ttt_steps)
-        packed = replace(batch.rows, aux=batch.rows.aux.float() / self.feature_scale)
+        packed = replace(batch.rows, aux=batch.rows.aux.float() / self.feature_scale.to(batch.rows.aux.device))
         return replace(batch, rows=packed, teacher_states=batch.teacher_states.float())
 
     def _prefetched(self, first: int) -> Iterator[list[Batch]]:

@@ -236,3 +236,18 @@ def test_a_full_draft_cache_is_one_line(embedding):
     cache = DraftCache(CONFIG, 3, torch.float64)
     with pytest.raises(UserError, match="4 draft rows do not fit"):
         draft.decode(embedding[:4], torch.zeros(4, CONFIG.hidden_size, dtype=torch.float64), cache)
+
+
+@torch.no_grad()
+def test_the_gpu_path_in_bf16_stays_close_to_fp32(monkeypatch):
+    """What a GPU runs, bf16 autocast and flex attention, here on CPU and forward only: one dtype, close values."""
+    draft, document = make_draft(dtype=torch.float32), make_document(11, [(3, 9)], 1, torch.float32)
+    table = torch.randn(CONFIG.vocab_size, CONFIG.hidden_size, generator=torch.Generator().manual_seed(9))
+    rows = pack([document], 3).rows
+    exact = draft.unroll(rows, table)
+    monkeypatch.setattr("specflow.drafters.eagle3.ttt_attention", flex_ttt_attention)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = draft.unroll(rows, table.bfloat16())
+    for a, b in zip(exact, rough, strict=True):
+        assert b.dtype == torch.bfloat16
+        assert torch.nn.functional.cosine_similarity(a, b.float()).min() > 0.99
