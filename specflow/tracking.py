@@ -299,6 +299,8 @@ def _digest_tags(stage: str, paths: Paths) -> dict[str, str]:
         tags["target_digest"] = json.loads(paths.target.read_text(encoding="utf-8"))["digest"]
     if paths.metrics(stage).exists():
         tags["metrics_md5"] = results.md5(paths.metrics(stage))
+    if (lock := paths.root / "dvc.lock").exists():  # as it stands while the stage runs: what its inputs were locked at
+        tags["dvc_lock_md5"] = results.md5(lock)
     return tags
 
 

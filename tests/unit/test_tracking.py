@@ -98,6 +98,15 @@ def test_stages_of_one_pipeline_run_share_a_parent(client: Any, params: Params, 
     assert tags["metrics_md5"] == hashlib.md5(paths.metrics("vocab").read_bytes()).hexdigest()
 
 
+def test_a_run_names_the_lock_it_ran_under(client: Any, params: Params, paths: Paths) -> None:
+    run_stage("vocab", params, paths, {"coverage": 0.5})
+    write_lock(paths, ["vocab"])
+    run_stage("train_offline", params, paths, {"expected_acceptance_length": 1.5})
+    runs = by_stage(client)
+    assert "dvc_lock_md5" not in runs["vocab"].data.tags
+    assert runs["train_offline"].data.tags["dvc_lock_md5"] == hashlib.md5(Path("dvc.lock").read_bytes()).hexdigest()
+
+
 def test_bench_has_the_fixed_names(client: Any, params: Params, paths: Paths) -> None:
     files.write_json(paths.bench / "summary.json", SUMMARY)
     run_stage("bench", params, paths, {"tok_s": 60.0})
