@@ -65,15 +65,15 @@ def run(name: str, family: Family, params: Params, paths: Paths, log: Log) -> di
     folder = paths.state / "hidden_states" / key
     folder.mkdir(parents=True, exist_ok=True)
     done = {s.number: info for s in shards if (info := s.finished(folder)) is not None}
-    todo = [shard for shard in shards if shard.number not in done]
+    missing = [shard for shard in shards if shard.number not in done]
     num_tokens = sum(shard.num_tokens for shard in shards)
-    missing_tokens = sum(shard.num_tokens for shard in todo)
+    missing_tokens = sum(shard.num_tokens for shard in missing)
     check_disk(folder, missing_tokens * token_bytes, num_tokens * token_bytes)
     started = time.perf_counter()
-    if todo:
+    if missing:
         model = load_model(facts, paths.cache, device="cuda" if torch.cuda.is_available() else "cpu")
         tokens_of = {row.info.id: row.token_ids for row in kept}
-        done |= capture(model, todo, tokens_of, folder, settings, aux_layer_ids)
+        done |= capture(model, missing, tokens_of, folder, settings, aux_layer_ids)
     elapsed_s = time.perf_counter() - started
     manifest = Manifest(
         family=name,
@@ -94,9 +94,9 @@ def run(name: str, family: Family, params: Params, paths: Paths, log: Log) -> di
         "captured_rows": len(kept),
         "captured_tokens": num_tokens,
         "shards": len(shards),
-        "resumed_shards": len(shards) - len(todo),
+        "resumed_shards": len(shards) - len(missing),
         "bytes": sum(shard.bytes for shard in manifest.shards),
-        "tok_s": missing_tokens / elapsed_s if todo else 0.0,
+        "tok_s": missing_tokens / elapsed_s if missing else 0.0,
     }
 
 

@@ -104,14 +104,14 @@ def _complete(
 ) -> Iterator[dict[str, Any]]:
     """{"id", "rows"} of every conversation that no log has, both splits in one batch so that there is one tail."""
     settings = family.sample
-    todo = [(split, row) for split in SPLITS for row in prompts[split] if row["id"] not in logs[split].rows]
-    if not todo:
+    missing = [(split, row) for split in SPLITS for row in prompts[split] if row["id"] not in logs[split].rows]
+    if not missing:
         return
     if settings.engine == "dataset":
-        completed = (_from_dataset(tokenizer, row, settings.seed) for _, row in todo)
+        completed = (_from_dataset(tokenizer, row, settings.seed) for _, row in missing)
     else:
         completed = generation.complete(
-            [_conversation(row, settings, split) for split, row in todo],
+            [_conversation(row, settings, split) for split, row in missing],
             model=load_model(facts, paths.cache, device=_device()),
             tokenizer=tokenizer,
             eos_token_ids=facts.eos_token_ids,

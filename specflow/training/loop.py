@@ -166,7 +166,10 @@ class Trainer:
             normed, batch.teacher_rows, self.draft.lm_head.weight, teacher, weights, loss=self.config.loss
         )
         if not torch.isfinite(total):
-            raise UserError(f"{self.stage}: loss is {total.item()}: lower train.lr, or run the extract stage again")
+            rows = ", ".join(batch.ids[:8]) + (" ..." if len(batch.ids) > 8 else "")
+            raise UserError(
+                f"{self.stage}: loss is {total.item()} on rows {rows}: lower train.lr, or run the extract stage again"
+            )
         total.backward()
         return sums
 

@@ -30,6 +30,8 @@ class Document:
 
 @dataclass(frozen=True)
 class Batch:
+    ids: list[str]
+    """Ids of the documents, for messages."""
     rows: PackedRows
     supervised: list[Tensor]
     """[S] of [R_k] int64: query numbers supervised at step k, ascending."""
@@ -47,6 +49,7 @@ class Batch:
         r = self.rows
         rows = PackedRows(move(r.tokens), move(r.aux), move(r.positions), move(r.queries), r.prefix)
         return Batch(
+            self.ids,
             rows,
             [move(x) for x in self.supervised],
             [move(x) for x in self.teacher_rows],
@@ -124,6 +127,7 @@ def pack(documents: list[Document], ttt_steps: int) -> Batch:
         prefix=Prefix(segments),
     )
     return Batch(
+        [document.id for document in documents],
         rows,
         [torch.cat(x) for x in supervised],
         [torch.cat(x) for x in teacher_rows],

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from specflow import files
+from specflow.errors import UserError
 from specflow.paths import Paths
 from specflow.stage import check_listed
 from tests.unit.test_report import summary
@@ -72,6 +73,8 @@ def test_a_family_trains_one_way(project: Path) -> None:
 def test_stages_that_both_kinds_share_are_allowed(params: object) -> None:
     for stage in ("fetch", "prepare", "sample", "vocab", "extract", "train_offline", "export", "bench"):
         check_listed(stage, "tiny", params)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="run train_offline"):
+        check_listed("train_online", "tiny", params)  # type: ignore[arg-type]
 
 
 def test_init_outside_git(project: Path) -> None:

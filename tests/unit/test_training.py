@@ -183,8 +183,9 @@ def test_learning_rate_warms_up_and_ends_at_its_floor():
 
 def test_states_that_are_not_finite_end_in_one_line(tmp_path):
     trainer = make_trainer(tmp_path)
-    trainer.train_rows[0].document.aux[2, 1] = float("nan")
-    with pytest.raises(UserError, match="train_offline: loss is nan"):
+    bad = trainer.train_rows[0]
+    bad.document.aux[5, 1] = float("nan")
+    with pytest.raises(UserError, match=rf"train_offline: loss is nan on rows .*\b{bad.id}\b.*: lower"):
         trainer.run()
 
 
