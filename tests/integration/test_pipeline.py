@@ -3,79 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from specflow import tracking
-from tests.toys import make_project_inputs, tiny_params
+from tests.projects import Project, make_project
+from tests.toys import tiny_params
 
-ROOT = Path(__file__).parents[2]
 STAGES = ["fetch", "prepare", "sample", "vocab", "extract", "train_offline", "export", "bench"]
-
-
-class Project:
-    """A project folder and the commands a user types in it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        bin_folder = Path(sys.executable).parent
-        self.environment = {
-            **os.environ,
-            "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
-        }
-
-    def run(self, *command: str, code: int = 0) -> str:
-        done = subprocess.run(
-            command,
-            cwd=self.folder,
-            env=self.environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
-        assert done.returncode == code, done.stdout
-        return done.stdout
-
-    def repro(self) -> list[str]:
-        """Stages that `dvc repro` ran, in order."""
-        return re.findall(r"Running stage '([^']+)'", self.run("dvc", "repro"))
-
-    def json(self, path: str) -> Any:
-        return json.loads((self.folder / path).read_text(encoding="utf-8"))
-
-    def set(self, *keys: str, value: object) -> None:
-        file = self.folder / "params.yaml"
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-        section = raw
-        for key in keys[:-1]:
-            section = section[key]
-        section[keys[-1]] = value
-        file.write_text(yaml.safe_dump(raw), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     """A project that has run once."""
     folder = tmp_path_factory.mktemp("project")
-    shutil.copytree(ROOT / "specflow", folder / "specflow", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("dvc.yaml", ".gitignore", ".dvcignore"):
-        shutil.copy(ROOT / name, folder / name)
-    make_project_inputs(folder)
-    (folder / "params.yaml").write_text(yaml.safe_dump(tiny_params(folder)), encoding="utf-8")
-    made = Project(folder)
-    made.run("git", "init", "--quiet")
-    made.run("specflow", "init")
+    made = make_project(folder, tiny_params(folder))
     assert made.repro() == [*(f"{stage}@tiny" for stage in STAGES), "report"]
     yield made
 
