@@ -48,6 +48,18 @@ class Eagle3Config(BaseModel):
     draft_vocab_size: int
     aux_layer_ids: list[int]
     """Residual streams read by `fc`, ascending, counted from the embeddings = 0."""
+    # Variants that other trainers write; the paper's draft has none of them. Names and meaning are vLLM's
+    # (model_executor/models/llama_eagle3.py).
+    norm_before_residual: bool = False
+    """The layer's residual is RMS(h), not h."""
+    norm_before_fc: bool = False
+    """One RMSNorm over all aux streams before `fc`."""
+    fc_norm: bool = False
+    """An RMSNorm per aux stream before `fc`."""
+    norm_output: bool = False
+    """The recycled state is the post-norm output."""
+    own_rope: bool = False
+    """RoPE and context are an earlier draft's and may differ from the target's."""
 
 
 class RMSNorm(nn.Module):
@@ -145,7 +157,12 @@ class Eagle3Draft(nn.Module):
         super().__init__()
         self.config = c = config
         q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.fc = Linear(len(c.aux_layer_ids) * c.target_hidden_size, c.hidden_size)
+        num_aux = len(c.aux_layer_ids)
+        if c.norm_before_fc:
+            self.input_norm = RMSNorm(num_aux * c.target_hidden_size, c.rms_norm_eps)
+        if c.fc_norm:
+            self.fc_norm = nn.ModuleList(RMSNorm(c.target_hidden_size, c.rms_norm_eps) for _ in range(num_aux))
+        self.fc = Linear(num_aux * c.target_hidden_size, c.hidden_size)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.hidden_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.q_proj = Linear(2 * c.hidden_size, q_size)
@@ -165,11 +182,20 @@ class Eagle3Draft(nn.Module):
 
     def project(self, aux: Tensor) -> Tensor:
         """Fuse aux streams [n, A * target_hidden] into features [n, H]."""
+        if self.config.norm_before_fc:
+            aux = self.input_norm(aux)
+        if self.config.fc_norm:
+            streams = aux.chunk(len(self.fc_norm), dim=-1)
+            aux = torch.cat([norm(stream) for norm, stream in zip(self.fc_norm, streams, strict=True)], dim=-1)
         return self.fc(aux)
 
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """What the head reads of recycled states [n, H]."""
+        return hidden if self.config.norm_output else self.norm(hidden)
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """Draft-vocabulary logits [n, D] of recycled (pre-norm) states [n, H]."""
-        return self.lm_head(self.norm(hidden))
+        """Draft-vocabulary logits [n, D] of recycled states [n, H]."""
+        return self.lm_head(self.head_input(hidden))
 
     def _inputs(self, embeddings: Tensor, hidden: Tensor) -> Tensor:
         return torch.cat((self.input_layernorm(embeddings), self.hidden_norm(hidden)), dim=-1)
@@ -179,9 +205,11 @@ class Eagle3Draft(nn.Module):
 
     def _finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Rest of the layer after attention [n, q_size]: residuals around o_proj and the MLP."""
-        hidden = hidden + self.o_proj(attended)
+        residual = self.hidden_norm(hidden) if self.config.norm_before_residual else hidden
+        hidden = residual + self.o_proj(attended)
         x = self.post_attention_layernorm(hidden)
-        return hidden + self.down_proj(self._act(self.gate_proj(x)) * self.up_proj(x))
+        hidden = hidden + self.down_proj(self._act(self.gate_proj(x)) * self.up_proj(x))
+        return self.norm(hidden) if self.config.norm_output else hidden
 
     def unroll(self, rows: PackedRows, embedding: Tensor) -> list[Tensor]:
         """Training-time test: recycled states [M, H] of the query rows after steps 0..S-1, gradients through all steps.

@@ -2,9 +2,8 @@
 
 Tensor names and shapes follow vLLM's `llama_eagle3.py` loader and SGLang's (both accept `midlayer.` for the one layer;
 vLLM ignores `t2d`). Neither complains about what is missing: a draft without `d2t` or with a forgotten norm flag
-serves at
-acceptance length 1. So every flag is written, layer ids stand at the top level, and an export is checked before it
-counts.
+serves at acceptance length 1. So every flag is written, layer ids stand at the top level, and an export is checked
+before it counts.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specflow.drafters.eagle3 import Eagle3Config, Eagle3Draft
@@ -23,19 +22,36 @@ from specflow.files import atomic_path, read_json, write_json
 from specflow.targets.model import TargetFacts
 
 _LAYER = {
-    **{f"{p}_proj": f"midlayer.self_attn.{p}_proj" for p in ("q", "k", "v", "o")},
-    **{f"{p}_proj": f"midlayer.mlp.{p}_proj" for p in ("gate", "up", "down")},
-    **{norm: f"midlayer.{norm}" for norm in ("input_layernorm", "hidden_norm", "post_attention_layernorm")},
+    **{f"{p}_proj": f"self_attn.{p}_proj" for p in ("q", "k", "v", "o")},
+    **{f"{p}_proj": f"mlp.{p}_proj" for p in ("gate", "up", "down")},
+    **{norm: norm for norm in ("input_layernorm", "hidden_norm", "post_attention_layernorm")},
 }
-NAMES = {f"{own}.weight": f"{_LAYER.get(own, own)}.weight" for own in ("fc", *_LAYER, "norm", "lm_head")} | {
-    "d2t": "d2t",
-    "t2d": "t2d",
-}
-"""Our tensor names -> exported names."""
+"""Our modules of the one decoder layer -> their names below `midlayer.` (or `layers.0.`)."""
+FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+"""Engines default these differently, hence all are written."""
 
-# EAGLE-3 of the paper: the layer's residual is the un-normed feature, features enter fc as they are, and the pre-norm
-# state is recycled. Engines default these differently, hence all are written.
-_FLAGS = {"norm_before_residual": False, "norm_before_fc": False, "fc_norm": False, "norm_output": False}
+
+def exported_tensors(draft: Eagle3Draft, layer: str = "midlayer") -> dict[str, Tensor]:
+    """The draft's tensors by exported name.
+
+    A draft over the whole vocabulary has no d2t and t2d: vLLM has no place for them then and refuses the file.
+    """
+    full = draft.config.draft_vocab_size == draft.config.vocab_size
+    tensors = {name: tensor for name, tensor in draft.state_dict().items() if not (full and name in ("d2t", "t2d"))}
+    return {exported_name(name, layer): tensor.contiguous().cpu() for name, tensor in tensors.items()}
+
+
+def exported_name(own: str, layer: str = "midlayer") -> str:
+    module, _, kind = own.rpartition(".")
+    return f"{layer}.{_LAYER[module]}.{kind}" if module in _LAYER else own
+
+
+def own_name(exported: str) -> str:
+    """The inverse, for either name of the layer; a name that is none of ours comes back as it is."""
+    module, _, kind = exported.rpartition(".")
+    below = module.removeprefix("midlayer.").removeprefix("layers.0.")
+    ours = next((own for own, theirs in _LAYER.items() if theirs == below), None)
+    return exported if ours is None or below == module else f"{ours}.{kind}"
 
 
 def export_config(config: Eagle3Config, facts: TargetFacts) -> dict[str, Any]:
@@ -68,7 +84,8 @@ def export_config(config: Eagle3Config, facts: TargetFacts) -> dict[str, Any]:
         "torch_dtype": "float32",
         "eagle_aux_hidden_state_layer_ids": config.aux_layer_ids,
         "num_aux_hidden_states": len(config.aux_layer_ids),
-        **_FLAGS,
+        **{flag: getattr(config, flag) for flag in FLAGS},
+        "own_rope": config.own_rope,
         "eos_token_id": facts.eos_token_ids,
     }
 
@@ -86,17 +103,23 @@ def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, .
     }  # fmt: skip
     shapes: dict[str, tuple[int, ...]] = {f"midlayer.{name}.weight": shape for name, shape in layer.items()}
     shapes |= {"fc.weight": (h, aux), "norm.weight": (h,), "lm_head.weight": (draft_vocab, h)}
+    if config["norm_before_fc"]:
+        shapes["input_norm.weight"] = (aux,)
+    if config["fc_norm"]:
+        ids = config["eagle_aux_hidden_state_layer_ids"]
+        shapes |= {f"fc_norm.{i}.weight": (config["target_hidden_size"],) for i in range(len(ids))}
     contract = {name: ("F32", shape) for name, shape in shapes.items()}
+    if draft_vocab == vocab:
+        return contract
     return contract | {"d2t": ("I64", (draft_vocab,)), "t2d": ("BOOL", (vocab,))}
 
 
 def save_export(draft: Eagle3Draft, facts: TargetFacts, folder: Path) -> None:
     """Write the folder, check it against the contract and the target, and only then give it its name."""
-    tensors = {NAMES[name]: tensor.contiguous().cpu() for name, tensor in draft.state_dict().items()}
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True)
         write_json(temporary / "config.json", export_config(draft.config, facts))
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        save_file(exported_tensors(draft), temporary / "model.safetensors", metadata={"format": "pt"})
         check_export(temporary, facts)
 
 
@@ -110,7 +133,7 @@ def check_export(folder: Path, facts: TargetFacts | None = None) -> None:
         "draft_vocab_size",
         "vocab_size",
         "target_hidden_size",
-        *_FLAGS,
+        *FLAGS,
     }
     if missing := sorted(required - set(config)):
         raise UserError(
@@ -120,7 +143,7 @@ def check_export(folder: Path, facts: TargetFacts | None = None) -> None:
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
         shapes = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in found.items()}
-        d2t, t2d = (file.get_tensor(n) if shapes.get(n) == contract[n] else None for n in ("d2t", "t2d"))
+        maps = {n: file.get_tensor(n) for n in ("d2t", "t2d") if n in contract and shapes.get(n) == contract[n]}
     if missing := sorted(set(contract) - set(shapes)):
         raise UserError(f"{folder}: missing tensors {missing}: export the draft again")
     if unknown := sorted(set(shapes) - set(contract)):
@@ -128,8 +151,7 @@ def check_export(folder: Path, facts: TargetFacts | None = None) -> None:
     for name, expected in contract.items():
         if shapes[name] != expected:
             raise UserError(f"{folder}: {name} is {shapes[name]}, expected {expected}: export the draft again")
-    assert d2t is not None and t2d is not None
-    if not torch.equal(torch.arange(len(d2t)) + d2t, t2d.nonzero().squeeze(1)):
+    if maps and not torch.equal(torch.arange(len(maps["d2t"])) + maps["d2t"], maps["t2d"].nonzero().squeeze(1)):
         raise UserError(f"{folder}: d2t and t2d name different tokens: run the vocab and train stages again")
     if config["eagle_aux_hidden_state_layer_ids"] != sorted(set(config["eagle_aux_hidden_state_layer_ids"])):
         raise UserError(
@@ -144,9 +166,12 @@ def _check_target(folder: Path, config: dict[str, Any], facts: TargetFacts) -> N
     pairs = {
         "vocab_size": facts.vocab_size,
         "target_hidden_size": facts.hidden_size,
-        "max_position_embeddings": facts.max_position_embeddings,
-        "rope_parameters": facts.rope_parameters,
     }
+    if not config.get("own_rope"):
+        pairs |= {
+            "max_position_embeddings": facts.max_position_embeddings,
+            "rope_parameters": facts.rope_parameters,
+        }
     for key, expected in pairs.items():
         if config[key] != expected:
             raise UserError(
@@ -160,7 +185,19 @@ def load_export(folder: Path) -> Eagle3Draft:
     config = read_json(folder / "config.json", what="export config", made_by="specflow export <family>")
     own = {name: config[name] for name in Eagle3Config.model_fields if name in config}
     draft = Eagle3Draft(Eagle3Config(**own, aux_layer_ids=config["eagle_aux_hidden_state_layer_ids"]))
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        state: dict[str, Tensor] = {ours: file.get_tensor(theirs) for ours, theirs in NAMES.items()}
-    draft.load_state_dict(state)
+    draft.load_state_dict(
+        with_maps({own_name(k): v for k, v in load_file(folder / "model.safetensors").items()}, draft)
+    )
     return draft.eval()
+
+
+def with_maps(state: dict[str, Tensor], draft: Eagle3Draft) -> dict[str, Tensor]:
+    """The state with d2t and t2d, which a draft over the whole vocabulary does not carry."""
+    config = draft.config
+    if config.draft_vocab_size != config.vocab_size:
+        return state
+    everything = {
+        "d2t": torch.zeros(config.vocab_size, dtype=torch.int64),
+        "t2d": torch.ones(config.vocab_size, dtype=torch.bool),
+    }
+    return {**everything, **state}

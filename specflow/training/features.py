@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from specflow.errors import UserError
 from specflow.hidden_states import HiddenStateStore, check_finite
-from specflow.targets.extract import StateCapture, plan_batches, select_rows
+from specflow.targets.capture import StateCapture, plan_batches, select_rows
 from specflow.training.packing import Document
 
 if TYPE_CHECKING:

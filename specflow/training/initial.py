@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from specflow.config import Family
+from specflow.config import Family, Train
 from specflow.data.vocab import read_vocab
 from specflow.drafters.eagle3 import Eagle3Config, Eagle3Draft
 from specflow.errors import UserError
 from specflow.targets.model import TargetFacts, load_lm_head, load_tensor, tensor_names
 
+logger = logging.getLogger("specflow")
+GELU_AS_SILU = 1.702
+
 
 def draft_config(facts: TargetFacts, family: Family, aux_layer_ids: list[int], draft_vocab_size: int) -> Eagle3Config:
-    """Shape of a new draft: the target's own layer, one of it, over the draft vocabulary."""
+    """Shape of a new draft: the target's own layer, one of it, over the draft vocabulary.
+
+    Its activation is SiLU whatever the target's: it is a Llama layer, and servers load no other kind.
+    """
     return Eagle3Config(
         hidden_size=facts.hidden_size,
         target_hidden_size=facts.hidden_size,
@@ -24,7 +31,7 @@ def draft_config(facts: TargetFacts, family: Family, aux_layer_ids: list[int], d
         num_key_value_heads=facts.num_key_value_heads,
         head_dim=facts.head_dim,
         rms_norm_eps=facts.rms_norm_eps,
-        hidden_act=facts.hidden_act,
+        hidden_act="silu",
         max_position_embeddings=facts.max_position_embeddings,
         rope_parameters=facts.rope_parameters,
         vocab_size=facts.vocab_size,
@@ -40,7 +47,7 @@ def initial_draft(
     d2t, t2d = read_vocab(vocab_folder)
     torch.manual_seed(family.train.seed)
     if family.train.init_from is not None:
-        return _continued(Path(family.train.init_from), facts, d2t, t2d, aux_layer_ids)
+        return _continued(family.train, facts, cache, d2t, t2d, aux_layer_ids)
     draft = Eagle3Draft(draft_config(facts, family, aux_layer_ids, len(d2t)))
     draft.d2t.copy_(d2t)
     draft.t2d.copy_(t2d)
@@ -48,18 +55,27 @@ def initial_draft(
     return draft
 
 
-def _continued(folder: Path, facts: TargetFacts, d2t: Tensor, t2d: Tensor, aux_layer_ids: list[int]) -> Eagle3Draft:
-    """An exported draft over this run's vocabulary: its head rows are matched by token, new tokens start at zero."""
-    from specflow.export.eagle3 import load_export
+def _continued(
+    train: Train, facts: TargetFacts, cache: Path, d2t: Tensor, t2d: Tensor, aux_layer_ids: list[int]
+) -> Eagle3Draft:
+    """An earlier draft over this run's vocabulary: its head rows are matched by token, new tokens start at zero.
 
-    old = load_export(folder)
+    Without epochs it stays as it is.
+    """
+    from specflow.export.imports import read_draft
+
+    folder = Path(str(train.init_from))
+    old, notes = read_draft(folder, facts, cache)
+    for note in notes:
+        logger.info("init_from: %s", note)
     c = old.config
-    got = (c.vocab_size, c.target_hidden_size, c.aux_layer_ids)
-    expected = (facts.vocab_size, facts.hidden_size, aux_layer_ids)
-    if got != expected:
+    if c.aux_layer_ids != aux_layer_ids:
         raise UserError(
-            f"train.init_from {folder}: (vocabulary, width, aux layers) are {got}, this target's are {expected}"
+            f"train.init_from {folder} reads aux layers {c.aux_layer_ids}, extract.aux_layer_ids are {aux_layer_ids}: "
+            "set extract.aux_layer_ids to the draft's"
         )
+    if train.epochs == 0:
+        return old
     draft = Eagle3Draft(c.model_copy(update={"draft_vocab_size": len(d2t)}))
     by_token = torch.zeros(c.vocab_size, c.hidden_size)
     by_token[old.t2d] = old.lm_head.weight.detach()
@@ -74,6 +90,7 @@ def copy_from_target(draft: Eagle3Draft, facts: TargetFacts, cache: Path, parts:
     """Copy the named parts from the target's last layer, final norm and head, in place."""
     names = tensor_names(facts, cache)
     last = f"layers.{facts.num_hidden_layers - 1}."
+    where = "train.init_from_target"
     norm_offset = 1.0 if facts.model_type.startswith("gemma") else 0.0  # Gemma stores its norm weights minus one
 
     def last_layer(suffix: str) -> Tensor:
@@ -84,8 +101,17 @@ def copy_from_target(draft: Eagle3Draft, facts: TargetFacts, cache: Path, parts:
             )
         return load_tensor(facts, cache, found[0])
 
+    def mlp() -> dict[str, Tensor]:
+        weights = {f"{p}_proj": last_layer(f"mlp.{p}_proj.weight") for p in ("gate", "up", "down")}
+        if "gelu" in facts.hidden_act:  # gelu(x) is close to x sigmoid(1.702 x) = silu(1.702 x) / 1.702
+            weights["gate_proj"] = weights["gate_proj"] * GELU_AS_SILU
+            weights["up_proj"] = weights["up_proj"] / GELU_AS_SILU
+        elif facts.hidden_act != "silu":
+            raise UserError(f"target's activation is {facts.hidden_act}, the draft's silu: take mlp out of {where}")
+        return weights
+
     sources = {
-        "mlp": lambda: {f"{p}_proj": last_layer(f"mlp.{p}_proj.weight") for p in ("gate", "up", "down")},
+        "mlp": mlp,
         "o_proj": lambda: {"o_proj": last_layer("self_attn.o_proj.weight")},
         "norm": lambda: {"norm": load_tensor(facts, cache, _final_norm(names, facts)) + norm_offset},
         "lm_head": lambda: {"lm_head": load_lm_head(facts, cache)[draft.t2d.cpu()]},

@@ -70,7 +70,10 @@ class Trainer:
         self._draft_ids[self.draft.t2d] = torch.arange(self.draft.config.draft_vocab_size, device=self.device)
         self._choices: dict[int, Tensor] = {}
         self.feature_scale = torch.ones(self.draft.fc.in_features)
-        self.feature_scale = feature_scale(self._sample(SCALE_TOKENS))
+        # A norm before fc takes care of scale itself, and would not commute with ours.
+        normed = self.draft.config.norm_before_fc or self.draft.config.fc_norm
+        if self.plan and not normed:
+            self.feature_scale = feature_scale(self._sample(SCALE_TOKENS))
         with torch.no_grad():  # the same function of the unscaled features
             self.draft.fc.weight.mul_(self.feature_scale.to(self.device))
 
@@ -109,6 +112,8 @@ class Trainer:
                     self.checkpoints.save(progress, self.draft, self.optimizer)
                 if stop.signal is not None:
                     raise SystemExit(128 + stop.signal)
+        if not self.plan:  # epochs: 0, an earlier draft as it is
+            self._note_eval(progress)
         self.draft.load_state_dict(progress.best_weights)
         with torch.no_grad():
             self.draft.fc.weight.div_(self.feature_scale.to(self.device))
@@ -154,7 +159,7 @@ class Trainer:
         bf16 = self.device.type == "cuda"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             steps = self.unroll(batch.rows, self.embedding)
-            normed = [self.draft.norm(hidden[rows]) for hidden, rows in zip(steps, batch.supervised, strict=True)]
+            normed = [self.draft.head_input(hidden[rows]) for hidden, rows in zip(steps, batch.supervised, strict=True)]
             normed = [x.to(torch.bfloat16) if bf16 else x for x in normed]
         teacher = Teacher(
             states=batch.teacher_states.to(self.teacher_head.dtype),

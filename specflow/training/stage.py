@@ -11,7 +11,7 @@ from specflow.drafters.eagle3 import save_draft
 from specflow.files import read_jsonl, sha256_file, sha256_json, write_json
 from specflow.hidden_states import Expected, HiddenStateStore
 from specflow.paths import Log, Paths
-from specflow.targets.extract import resolve_aux_layer_ids
+from specflow.targets.capture import resolve_aux_layer_ids
 from specflow.targets.model import TargetFacts, load_embedding, load_lm_head, load_model, read_facts
 from specflow.training.checkpoint import Checkpoints, Progress
 from specflow.training.features import Features, LiveFeatures, StoredFeatures
@@ -103,9 +103,10 @@ def _headline(trainer: Trainer, progress: Progress) -> dict[str, float]:
         **{name: value for name, value in best.items() if name.startswith("survival_")},
         "best_step": progress.best_step,
         "steps": progress.step,
-        "final_loss": progress.curves["training"][-1]["loss"],
-        "train_tokens": tokens,
-        "train_tok_s": tokens * trainer.config.epochs / progress.seconds,
+        # without epochs there is no loss and no speed
+        **({"final_loss": progress.curves["training"][-1]["loss"]} if trainer.plan else {}),
+        "train_tokens": tokens * (trainer.config.epochs > 0),
+        **({"train_tok_s": tokens * trainer.config.epochs / progress.seconds} if trainer.plan else {}),
         "train_s": progress.seconds,
         "parameters": sum(p.numel() for p in trainer.draft.parameters()),
     }

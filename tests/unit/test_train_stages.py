@@ -8,15 +8,18 @@ from safetensors.torch import load_file
 
 from specflow.config import parse_params
 from specflow.data import vocab
+from specflow.drafters.eagle3 import load_draft
 from specflow.errors import UserError
+from specflow.export.speculators import save_speculators
 from specflow.files import read_json
 from specflow.targets import extract
 from specflow.targets.model import load_lm_head, load_model, load_tensor
 from specflow.training import stage
 from specflow.training.initial import copy_from_target, initial_draft
 from tests.captures import tiny_project, write_split
-from tests.toys import make_tiny_target
+from tests.toys import make_tiny_target, tiny_params
 from tests.unit.test_extract import make_samples
+from tests.unit.test_imports import make_draft
 
 OFFLINE, ONLINE = SimpleNamespace(run=stage.run_offline), SimpleNamespace(run=stage.run_online)
 TRAIN = {"ttt_steps": 3, "epochs": 2, "batch_tokens": 200, "lr": 1e-2, "evals": 2, "checkpoints": 8}
@@ -137,3 +140,41 @@ def test_the_targets_choice_equals_transformers_argmax(tmp_path, target):
         for start, end in document.spans:
             expected.append(choices[start - 1 : end - 1])
     assert torch.equal(got, torch.cat(expected))
+
+
+def test_an_earlier_draft_without_epochs_is_evaluated_as_it_is(tmp_path, target):
+    """Own vocabulary and norms are kept; with epochs the head follows this run's vocabulary by token."""
+    facts = tiny_project(tmp_path / "facts", target).facts
+    theirs = make_draft(facts, fc_norm=True, norm_output=True)
+    save_speculators(theirs, facts, tmp_path / "theirs", verifier="org/name", num_speculative_tokens=3)
+    project = make_project(tmp_path / "as-is", target, epochs=0, init_from=str(tmp_path / "theirs"))
+    with pytest.raises(UserError, match=r"reads aux layers \[2, 3, 5\], extract.aux_layer_ids are \[2, 3, 4\]"):
+        project.settings["families"]["tiny"]["extract"]["aux_layer_ids"] = [2, 3, 4]
+        project.params = parse_params(project.settings)
+        project.run(extract)
+        project.run(OFFLINE)
+    project.settings["families"]["tiny"]["extract"]["aux_layer_ids"] = [2, 3, 5]
+    project.params = parse_params(project.settings)
+    project.run(extract)
+    metrics = project.run(OFFLINE)
+    kept = load_draft(project.paths.draft)
+    assert kept.config == theirs.config
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(tensor, kept.state_dict()[name]), name
+    training, evaluation = curves(project)
+    assert training == [] and len(evaluation) == 1
+    assert metrics["expected_acceptance_length"] == evaluation[0]["expected_acceptance_length"]
+
+    project.settings["families"]["tiny"]["train"]["epochs"] = 4
+    project.params = parse_params(project.settings)
+    project.run(OFFLINE)
+    assert load_draft(project.paths.draft).config.draft_vocab_size == 64
+    losses = [point["loss"] for point in curves(project)[0]]
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_no_epochs_and_no_draft_is_one_line(tmp_path):
+    settings = tiny_params(tmp_path)
+    settings["families"]["tiny"]["train"]["epochs"] = 0
+    with pytest.raises(UserError, match=r"takes the draft of train.init_from as it is: name one"):
+        parse_params(settings)

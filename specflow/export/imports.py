@@ -1,0 +1,182 @@
+"""EAGLE-3 drafts that other tools trained, read as ours: what a file does not say is assumed, and the assumption said.
+
+Layouts: SafeAILab EAGLE and AngelSlim (`midlayer.*` in pytorch_model.bin, no layer ids), SpecForge (`midlayer.*`, ids
+below `eagle_config` that count layer outputs from 0), speculators (`layers.0.*`, config nested under
+`transformer_layer_config`), ours and vLLM's plain form (ids at the top level, counted from the embeddings = 0).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from specflow.drafters.eagle3 import Eagle3Config, Eagle3Draft
+from specflow.errors import UserError
+from specflow.export.eagle3 import FLAGS, own_name, with_maps
+from specflow.files import read_json
+from specflow.targets.model import TargetFacts, load_embedding
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_PREFIXES = ("model.", "draft_model.")
+
+
+def read_draft(folder: Path, facts: TargetFacts, cache: Path) -> tuple[Eagle3Draft, list[str]]:
+    """A draft for the target of `facts` from a folder in any known layout (fp32, CPU), and what was assumed.
+
+    Raises UserError where the folder is none of the layouts, belongs to another target, or holds tensors that we would
+    have to leave out.
+    """
+    raw = read_json(folder / "config.json", what="draft config", made_by="its trainer; name the draft's folder")
+    tensors = {_strip(name): tensor for name, tensor in _read_tensors(folder).items()}
+    layer, flags, layout = _layout(raw, folder)
+    notes = [f"{folder}: {layout}"]
+    aux_layer_ids = _aux_layer_ids(raw, facts, notes)
+    d2t = tensors.pop("d2t", None)
+    tensors.pop("t2d", None)
+    draft_vocab = len(tensors["lm_head.weight"]) if "lm_head.weight" in tensors else 0
+    _check_embedding(tensors.pop("embed_tokens.weight", None), folder, facts, cache, notes)
+    config = _config(layer, flags, aux_layer_ids, draft_vocab, facts, folder, notes)
+    draft = Eagle3Draft(config)
+    maps = _vocabulary_maps(d2t, config, folder)
+    state = with_maps({own_name(k): v.float() for k, v in tensors.items()} | maps, draft)
+    _check_names(state, draft, folder)
+    draft.load_state_dict(state)
+    return draft.eval(), notes
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    safe, pickled = (folder / name for name in _WEIGHTS)
+    if safe.exists():
+        return load_file(safe)
+    if pickled.exists():
+        loaded: dict[str, Tensor] = torch.load(pickled, map_location="cpu", weights_only=True)
+        return loaded
+    raise UserError(f"{folder} has neither {_WEIGHTS[0]} nor {_WEIGHTS[1]}: name the folder of an EAGLE-3 draft")
+
+
+def _strip(name: str) -> str:
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _layout(raw: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, bool], str]:
+    """Config of the decoder layer, the norm flags, and the layout in words."""
+    kind = raw.get("speculators_model_type")
+    if kind is None:
+        flags = {flag: bool(raw.get(flag, False)) for flag in FLAGS}
+        return raw, flags, "plain EAGLE-3 form; norm flags that it does not name are off, as vLLM reads it"
+    if kind != "eagle3":
+        raise UserError(f"{folder} is a speculators draft of type {kind!r}: only eagle3 can be read")
+    flags = {flag: bool(raw.get(flag, flag == "norm_before_residual")) for flag in FLAGS}
+    return (
+        raw["transformer_layer_config"],
+        flags,
+        "speculators form; norm_before_residual is on unless it says otherwise",
+    )
+
+
+def _aux_layer_ids(raw: dict[str, Any], facts: TargetFacts, notes: list[str]) -> list[int]:
+    """Ascending ids counted from the embeddings = 0."""
+    if (ids := raw.get("eagle_aux_hidden_state_layer_ids")) is not None:
+        notes.append(f"aux layers {ids}, counted from the embeddings = 0 as vLLM does")
+    elif (outputs := (raw.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")) is not None:
+        ids = [i + 1 for i in outputs]
+        notes.append(f"aux layers {ids}: eagle_config's {outputs} are taken as layer outputs counted from 0")
+    else:
+        ids = facts.default_aux_layer_ids()
+        notes.append(f"aux layers {ids}: the file names none, EAGLE-3's default for {facts.num_hidden_layers} layers")
+    if ids != sorted(set(ids)) or not all(0 <= i <= facts.num_hidden_layers for i in ids):
+        raise UserError(f"aux layers {ids} must ascend within the target's 0..{facts.num_hidden_layers}")
+    return list(ids)
+
+
+def _check_embedding(own: Tensor | None, folder: Path, facts: TargetFacts, cache: Path, notes: list[str]) -> None:
+    if own is None:
+        notes.append("no embedding of its own: the target's is used")
+        return
+    table = load_embedding(facts, cache)
+    if own.shape != table.shape or not torch.allclose(own.float(), table.float(), rtol=0.01, atol=1e-3):
+        raise UserError(
+            f"{folder} has an embedding {list(own.shape)} that is not the target's {list(table.shape)}: a draft with "
+            "an embedding of its own cannot share the target's"
+        )
+    notes.append("its embedding is a copy of the target's and is left out")
+
+
+def _config(
+    layer: dict[str, Any],
+    flags: dict[str, bool],
+    aux_layer_ids: list[int],
+    draft_vocab: int,
+    facts: TargetFacts,
+    folder: Path,
+    notes: list[str],
+) -> Eagle3Config:
+    from transformers import LlamaConfig
+
+    if layer.get("num_hidden_layers", 1) != 1 or draft_vocab == 0:
+        raise UserError(f"{folder} is no EAGLE-3 draft of one layer with a head: check what it is")
+    if layer.get("vocab_size", facts.vocab_size) != facts.vocab_size:
+        raise UserError(
+            f"{folder} drafts for a vocabulary of {layer['vocab_size']}, the target has {facts.vocab_size}: "
+            "this draft was made for another target"
+        )
+    known = LlamaConfig(**{key: value for key, value in layer.items() if key not in ("architectures", "model_type")})
+    config = Eagle3Config(
+        hidden_size=known.hidden_size,
+        target_hidden_size=facts.hidden_size,
+        intermediate_size=known.intermediate_size,
+        num_attention_heads=known.num_attention_heads,
+        num_key_value_heads=known.num_key_value_heads,
+        head_dim=known.head_dim,
+        rms_norm_eps=known.rms_norm_eps,
+        hidden_act=known.hidden_act,
+        max_position_embeddings=known.max_position_embeddings,
+        rope_parameters=dict(known.rope_parameters),
+        vocab_size=facts.vocab_size,
+        draft_vocab_size=draft_vocab,
+        aux_layer_ids=aux_layer_ids,
+        **flags,
+    )
+    own_rope = (config.rope_parameters, config.max_position_embeddings) != (
+        facts.rope_parameters,
+        facts.max_position_embeddings,
+    )
+    if own_rope:
+        notes.append(
+            f"RoPE {config.rope_parameters} over {config.max_position_embeddings} positions is its own, the target's "
+            f"is {facts.rope_parameters} over {facts.max_position_embeddings}"
+        )
+    return config.model_copy(update={"own_rope": own_rope})
+
+
+def _vocabulary_maps(d2t: Tensor | None, config: Eagle3Config, folder: Path) -> dict[str, Tensor]:
+    if config.draft_vocab_size == config.vocab_size:
+        return {}
+    if d2t is None or len(d2t) != config.draft_vocab_size:
+        raise UserError(
+            f"{folder}: d2t has {None if d2t is None else len(d2t)} entries, its head {config.draft_vocab_size}: "
+            "without it nobody can say which tokens it drafts"
+        )
+    ids = torch.arange(len(d2t)) + d2t.to(torch.int64)
+    if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size or len(ids.unique()) != len(ids):
+        raise UserError(f"{folder}: d2t does not name {len(d2t)} distinct tokens of the target's vocabulary")
+    t2d = torch.zeros(config.vocab_size, dtype=torch.bool)
+    t2d[ids] = True
+    return {"d2t": d2t.to(torch.int64), "t2d": t2d}
+
+
+def _check_names(state: dict[str, Tensor], draft: Eagle3Draft, folder: Path) -> None:
+    own = draft.state_dict()
+    if missing := sorted(set(own) - set(state)):
+        raise UserError(f"{folder}: missing tensors {missing}")
+    if unknown := sorted(set(state) - set(own)):
+        raise UserError(f"{folder}: tensors {unknown} have no place in the draft, so it would not be the same one")
+    for name, tensor in own.items():
+        if state[name].shape != tensor.shape:
+            raise UserError(f"{folder}: {name} is {list(state[name].shape)}, expected {list(tensor.shape)}")
