@@ -20,6 +20,7 @@ SERIES = ("#3b82c4", "#dd7f1d", "#2f9e74", "#c05a97", "#8a78d0", "#9a8a3c")
 TEXT = "#010203"
 """Stands for the page's text colour; replaced by `currentColor` in the SVG."""
 MAX_POINTS = 200
+SERVED_SIDES = {"draft": "with the draft", "baseline": "target alone"}
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -42,8 +43,8 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def speedup_figure(sets: dict[str, dict[str, Any]]) -> str:
-    """Speedup with its interval by prompt set, n-gram drafting beside it where it was measured."""
+def speedup_figure(sets: dict[str, dict[str, Any]], title: str = "Speedup by prompt set") -> str:
+    """Speedup with its interval by row, n-gram drafting beside it where it was measured."""
     with plt.rc_context(STYLE):
         figure, axes = _axes(height=0.62 + 0.52 * len(sets))
         for row, result in enumerate(reversed(sets.values())):
@@ -62,7 +63,7 @@ def speedup_figure(sets: dict[str, dict[str, Any]]) -> str:
         axes.set_xlabel("speedup over the target alone (dashed: 1)")
         axes.grid(axis="y", visible=False)
         figure.legend(loc="outside upper right", ncols=2)
-        return _svg(figure, "Speedup by prompt set")
+        return _svg(figure, title)
 
 
 def survival_figure(curves: dict[str, Sequence[float]]) -> str:
@@ -80,6 +81,42 @@ def survival_figure(curves: dict[str, Sequence[float]]) -> str:
         axes.set_ylabel("first i kept")
         axes.legend()
         return _svg(figure, "Survival by position")
+
+
+def served_throughput_figure(levels: list[dict[str, Any]]) -> str:
+    """Output tokens per second by requests in flight, with the draft and without."""
+    with plt.rc_context(STYLE):
+        figure, axes = _axes()
+        xs = [level["concurrency"] for level in levels]
+        for index, (side, label) in enumerate(SERVED_SIDES.items()):
+            axes.plot(xs, [level[side]["tok_s"] for level in levels], marker="o", color=SERIES[index], label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(xs, [str(x) for x in xs])
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("requests in flight")
+        axes.set_ylabel("output tok/s")
+        axes.legend()
+        return _svg(figure, "Output tokens per second by concurrency")
+
+
+def served_users_figure(levels: list[dict[str, Any]]) -> str:
+    """Tokens per second of one request against those of the server; points are labelled with requests in flight."""
+    with plt.rc_context(STYLE):
+        figure, axes = _axes()
+        for index, (side, label) in enumerate(SERVED_SIDES.items()):
+            told = [level for level in levels if level[side]["user_tok_s"] is not None]
+            xs = [level[side]["user_tok_s"] for level in told]
+            ys = [level[side]["tok_s"] for level in told]
+            axes.plot(xs, ys, marker="o", color=SERIES[index], label=label)
+            for level, x, y in zip(told, xs, ys, strict=True):
+                axes.annotate(str(level["concurrency"]), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes.margins(x=0.1, y=0.15)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("tok/s per user")
+        axes.set_ylabel("output tok/s")
+        axes.legend()
+        return _svg(figure, "Tokens per second per user against all")
 
 
 def sweep_figure(sweep: list[dict[str, float]], chosen: int) -> str:
@@ -124,21 +161,33 @@ def eval_figure(evals: list[dict[str, float]]) -> str:
         return _svg(figure, "Expected acceptance length over training")
 
 
-def coverage_figure(coverage: dict[str, float]) -> str:
-    """Share of answer tokens that the draft vocabulary holds, by category."""
+def coverage_figure(coverage: dict[str, float], title: str = "Draft vocabulary coverage by category") -> str:
+    """Share of answer tokens that the draft vocabulary holds, by row."""
     with plt.rc_context(STYLE):
-        figure, axes = _axes(height=0.6 + 0.24 * len(coverage))
-        names = list(reversed(coverage))
-        values = [coverage[name] for name in names]
-        axes.barh(names, values, color=SERIES[0], height=0.62)
-        for row, value in enumerate(values):
-            axes.annotate(
-                f"{value:.1%}", (value, row), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
-            )
+        figure, axes = _bars(coverage, "{:.1%}")
         axes.set_xlim(0, 1.14)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
-        axes.grid(axis="y", visible=False)
-        return _svg(figure, "Draft vocabulary coverage by category")
+        return _svg(figure, title)
+
+
+def bars_figure(values: dict[str, float], label: str, form: str, title: str) -> str:
+    """One bar a row from zero, its value written beside it by `form`."""
+    with plt.rc_context(STYLE):
+        figure, axes = _bars(values, form)
+        axes.set_xlim(0, 1.2 * max(values.values()) or 1.0)
+        axes.set_xlabel(label)
+        return _svg(figure, title)
+
+
+def _bars(values: dict[str, float], form: str) -> tuple[Figure, Axes]:
+    figure, axes = _axes(height=0.6 + 0.24 * len(values))
+    names = list(reversed(values))
+    axes.barh(names, [values[name] for name in names], color=SERIES[0], height=0.62)
+    for row, name in enumerate(names):
+        text = form.format(values[name])
+        axes.annotate(text, (values[name], row), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.grid(axis="y", visible=False)
+    return figure, axes
 
 
 def _axes(height: float = 2.6) -> tuple[Figure, Axes]:

@@ -13,9 +13,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from specflow.bench import figures
-from specflow.config import Params
+from specflow.config import STAGE_NAMES, Params
 from specflow.files import atomic_path, read_json
 from specflow.paths import Paths
+
+SPENT = ("seconds", "gpu_seconds", "gpu_joules", "gpu_memory_peak_gb", "gpu_utilisation_mean")
+"""Of a stage's metrics: what it took (docs/gpus.md)."""
 
 
 def run_report(params: Params, all_paths: dict[str, Paths]) -> None:
@@ -29,6 +32,7 @@ def run_report(params: Params, all_paths: dict[str, Paths]) -> None:
         lstrip_blocks=True,
     )
     environment.filters |= {"ratio": _ratio, "percent": _percent, "lossless": _lossless, "count": _count}
+    environment.filters["measured"] = _measured
     folder = next(iter(all_paths.values())).report
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True)
@@ -43,6 +47,7 @@ def _family(name: str, paths: Paths) -> dict[str, Any]:
     training, evals = _optional(paths.plot("training.json")) or [], _optional(paths.plot("eval.json")) or []
     coverage = {point["category"]: point["coverage"] for point in _optional(paths.plot("coverage.json")) or []}
     best = max(evals, key=lambda point: point["expected_acceptance_length"], default=None)
+    served = _served(paths)
     return {
         "name": name,
         "summary": summary,
@@ -53,12 +58,13 @@ def _family(name: str, paths: Paths) -> dict[str, Any]:
         "cost": _cost(summary),
         "coverage": coverage,
         "data": _optional(paths.prompts / "data_report.json"),
-        "figures": _figures(summary, training, evals, best, coverage),
+        "figures": _figures(summary, training, evals, best, coverage) | _served_figures(served),
+        "served": served,
         "identity": _rows(
             {**summary["identity"], "architecture": facts["architecture"], "parameters": facts["num_parameters"]}
         ),
         "settings": _rows({key: value for key, value in summary["settings"].items() if not key.endswith("questions")}),
-        "stages": {file.stem: _optional(file) for file in sorted((paths.base / "metrics").glob("*.json"))},
+        "spent": _spent(paths),
         "raw": _raw_files(paths),
     }
 
@@ -118,6 +124,43 @@ def _cost(summary: dict[str, Any]) -> dict[str, Any]:
     return {**cost, "acceptance_length": length, "measured": summary["overall"]["decode_speedup"]}
 
 
+def _served(paths: Paths) -> dict[str, Any] | None:
+    """The benchmark through servers, where there was one."""
+    served = _optional(paths.bench / "served.json")
+    if served is None:
+        return None
+    levels = [
+        {**level, **{key: level["draft"][key] + level["baseline"][key] for key in ("num_errors", "num_requests")}}
+        for level in served["levels"]
+    ]
+    has_gpus = any(level["draft"]["tok_s_per_gpu"] is not None for level in levels)
+    servers = {name: {"command": None, **server} for name, server in served["servers"].items()}
+    return {**served, "levels": levels, "has_gpus": has_gpus, "servers": servers}
+
+
+def _served_figures(served: dict[str, Any] | None) -> dict[str, str]:
+    if served is None:
+        return {}
+    return {
+        "served_throughput": figures.served_throughput_figure(served["levels"]),
+        "served_users": figures.served_users_figure(served["levels"]),
+    }
+
+
+def _spent(paths: Paths) -> dict[str, Any]:
+    """What each stage took, of those that measured it, and the sums; `gpus` says whether any had a GPU."""
+    rows = []
+    for stage in STAGE_NAMES:
+        metrics = _optional(paths.metrics(stage)) or {}
+        if "seconds" in metrics:
+            rows.append({"stage": stage, **{key: metrics.get(key) for key in SPENT}})
+    total: dict[str, Any] = {"stage": "all stages"} | dict.fromkeys(SPENT)
+    for key in ("seconds", "gpu_seconds", "gpu_joules"):
+        if known := [row[key] for row in rows if row[key] is not None]:
+            total[key] = sum(known)
+    return {"rows": [*rows, total] if len(rows) > 1 else rows, "gpus": total["gpu_seconds"] is not None}
+
+
 def _rows(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """A nested mapping as (key, text) rows."""
     rows: list[tuple[str, str]] = []
@@ -139,6 +182,7 @@ def _raw_files(paths: Paths) -> list[tuple[str, str]]:
         paths.draft / "config.json",
     ]
     files += [paths.export, paths.bench / "summary.json", paths.bench / "records.jsonl"]
+    files += [paths.bench / "served.json", paths.bench / "served_records.jsonl"]
     files += sorted((paths.base / "metrics").glob("*.json")) + sorted((paths.base / "plots").glob("*.json"))
     found = [file for file in files if file.exists()]
     return [
@@ -161,6 +205,11 @@ def _percent(value: float) -> str:
 
 def _count(value: float) -> str:
     return f"{value:,}".replace(",", " ") if isinstance(value, int) else f"{value:,.4g}".replace(",", " ")
+
+
+def _measured(value: float | None, form: str = "{:,.1f}", scale: float = 1.0) -> str:
+    """A reading by `form`, or a dash where there is none."""
+    return "-" if value is None else form.format(value * scale).replace(",", " ")
 
 
 def _lossless(value: bool | None) -> str:

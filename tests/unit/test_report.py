@@ -205,6 +205,24 @@ def test_optional_parts_may_be_missing(paths: Paths, params: Params) -> None:
     assert "sampled" in html and "n-gram" not in html and "generate()" not in html
 
 
+def test_what_the_stages_took(paths: Paths, params: Params) -> None:
+    write_family(paths)
+    files.write_json(paths.metrics("export"), {"seconds": 2.25})
+    files.write_json(paths.metrics("sample"), {"seconds": 1234.56})
+    run_report(params, {"tiny": paths})
+    markdown = (paths.report / "report.md").read_text(encoding="utf-8")
+    html = (paths.report / "report.html").read_text(encoding="utf-8")
+    assert "| sample | 1 234.6 |\n| export | 2.2 |\n| all stages | 1 236.8 |\n" in markdown
+    assert "<td>sample</td><td>1 234.6</td></tr>" in html and "GPU-seconds" not in html + markdown
+    gpu = {"gpu_seconds": 2500.0, "gpu_joules": 750_049.0, "gpu_memory_peak_gb": 61.25, "gpu_utilisation_mean": 0.875}
+    files.write_json(paths.metrics("sample"), {"seconds": 1234.56, **gpu})
+    run_report(params, {"tiny": paths})
+    markdown = (paths.report / "report.md").read_text(encoding="utf-8")
+    html = (paths.report / "report.html").read_text(encoding="utf-8")
+    assert "| sample | 1 234.6 | 2 500.0 | 750.0 | 61.2 | 88 % |\n| export | 2.2 | - | - | - | - |\n" in markdown
+    assert "<td>all stages</td><td>1 236.8</td><td>2 500.0</td><td>750.0</td><td>-</td><td>-</td></tr>" in html
+
+
 def test_lossy_output_is_marked(paths: Paths, params: Params) -> None:
     write_family(paths)
     lossy = summary()

@@ -1,0 +1,295 @@
+"""The queue for devices: a folder of lock files that every process of the machine shares. Knows nothing of NVML.
+
+A request is a ticket, a file that its process keeps locked from asking to giving back; numbers are handed out in order.
+A held device is a locked file `<uuid>.lock`. The kernel drops locks with their process, so whatever a killed process
+held is free at once, and a ticket that can be locked belongs to nobody. Every look and change happens under one lock
+on the file `queue`, for milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pwd
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from specflow.errors import UserError
+
+FOLDER_VARIABLE = "SPECFLOW_LEASE_DIR"
+DEFAULT_FOLDER = Path("/tmp/specflow-leases")
+"""Not tempfile.gettempdir(): TMPDIR may differ by user or by job, and then nobody would see anybody's leases."""
+ASIDE_SECONDS = 5.0
+"""A request that only a foreign process keeps from its devices lets later ones pass after this time."""
+
+
+class Lock:
+    """A flock on an open file. Closed in forked children, which would otherwise keep it after the holder's death."""
+
+    _open: ClassVar[set[Lock]] = set()
+    """All of this process."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor: int | None = descriptor
+        Lock._open.add(self)
+
+    @staticmethod
+    def take(path: Path, *, wait: bool = False, shared: bool = False, create: bool = True) -> Lock | None:
+        """Lock `path`; None where somebody else has it and `wait` is off. Raises FileNotFoundError without `create`."""
+        kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+        while True:
+            descriptor = _open_for_all(path) if create else os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            lock = Lock(descriptor)
+            try:
+                fcntl.flock(descriptor, kind)
+                if os.fstat(descriptor).st_nlink:
+                    return lock
+            except BlockingIOError:
+                lock.close()
+                return None
+            except BaseException:
+                lock.close()
+                raise
+            lock.close()  # removed between opening and locking: others lock a new file of this name
+
+    def close(self) -> None:
+        """Free the lock; in a forked child, whose copy is closed already, do nothing."""
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+            Lock._open.discard(self)
+
+    @staticmethod
+    def close_in_child() -> None:
+        for lock in list(Lock._open):
+            lock.close()  # without LOCK_UN, which would free the parent's too
+
+
+os.register_at_fork(after_in_child=Lock.close_in_child)
+
+
+def _open_for_all(path: Path) -> int:
+    """Open a lock file that other users may lock too, made where it is missing.
+
+    Never O_CREAT on what exists: in a sticky folder the kernel refuses that for another user's file
+    (fs.protected_regular).
+    """
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            os.fchmod(descriptor, 0o666)  # whatever the umask
+            return descriptor
+
+
+@dataclass(frozen=True)
+class Request:
+    """A ticket's content, for everybody to read; devices are UUIDs, times are seconds since the epoch."""
+
+    number: int
+    pid: int
+    user: str
+    holder: str
+    gpus: int
+    candidates: tuple[str, ...]
+    token: str
+    """Names the lease to child processes (SPECFLOW_LEASE)."""
+    asked_s: float
+    granted_s: float | None = None
+    devices: tuple[str, ...] = ()
+    aside: bool = False
+    """Kept from its devices by foreign processes: claims nothing until they are gone."""
+
+
+@dataclass
+class Ticket:
+    """This process's own request."""
+
+    path: Path
+    lock: Lock
+    request: Request
+    devices: list[Lock] = field(default_factory=list)
+    blocked_since: float | None = None
+
+    def write(self, **changes: object) -> None:
+        """Record changes; only under the queue's lock. Readers take the first line, so old bytes may stay behind it."""
+        self.request = replace(self.request, **changes)  # type: ignore[arg-type]
+        assert self.lock.descriptor is not None
+        os.pwrite(self.lock.descriptor, json.dumps(asdict(self.request)).encode() + b"\n", 0)
+
+    def release(self) -> None:
+        """Give everything back; a forked child, which holds nothing, does nothing."""
+        if self.lock.descriptor is not None:
+            self.path.unlink(missing_ok=True)
+            self.lock.close()
+            for lock in self.devices:
+                lock.close()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Of one attempt: the devices, or None and who was in the way."""
+
+    devices: tuple[str, ...] | None
+    requests: tuple[Request, ...] = ()
+    """All live ones, in order."""
+    reasons: tuple[tuple[str, str], ...] = ()
+    """(device, why NVML says no) of devices that nobody leases."""
+    locked: tuple[str, ...] = ()
+    """Devices whose file another program has locked."""
+
+
+def folder() -> Path:
+    """The folder of this machine's leases, open to every user. Raises UserError where it cannot be used."""
+    path = Path(os.environ.get(FOLDER_VARIABLE) or DEFAULT_FOLDER)
+    try:
+        path.mkdir(parents=True)
+        path.chmod(0o1777)  # everybody may add files, only their owner may remove them
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise _unusable(path, error.strerror) from None
+    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+        raise _unusable(path, "not a folder that you may write to")
+    return path
+
+
+def ask(place: Path, *, holder: str, gpus: int, candidates: Sequence[str], token: str) -> Ticket:
+    """Queue up for `gpus` of the `candidates`."""
+    with _queue(place) as counter:
+        number = 1 + max([_number(counter), *(int(path.name.split("-")[1]) for path in _ticket_files(place))])
+        os.pwrite(counter, b"%020d\n" % number, 0)
+        path = place / f"ticket-{number:020d}"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        os.fchmod(descriptor, 0o644)
+        lock = Lock(descriptor)
+        request = Request(number, os.getpid(), _user(), holder, gpus, tuple(candidates), token, time.time())
+        ticket = Ticket(path, lock, request)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            ticket.write()
+        except BaseException:
+            ticket.release()
+            raise
+    return ticket
+
+
+def attempt(place: Path, ticket: Ticket, busy: Callable[[str], str | None]) -> Answer:
+    """Take the devices if it is this ticket's turn. `busy` tells why a device that nobody leases cannot be taken.
+
+    Earlier requests that still wait claim all their candidates, so a request for two devices is not starved by
+    requests for one, while those with other candidates go on.
+    """
+    with _queue(place):
+        requests = live_requests(place)
+        mine = ticket.request
+        claimed = {
+            uuid
+            for other in requests
+            if other.number < mine.number and other.granted_s is None and not other.aside
+            for uuid in other.candidates
+        }
+        held = {uuid for other in requests for uuid in other.devices}
+        taken: dict[str, Lock] = {}
+        reasons: list[tuple[str, str]] = []
+        locked: list[str] = []
+        for uuid in mine.candidates:
+            if uuid in claimed or uuid in held or len(taken) == mine.gpus:
+                continue
+            lock = Lock.take(place / f"{uuid}.lock")
+            if lock is None:
+                locked.append(uuid)
+            elif (reason := busy(uuid)) is not None:
+                lock.close()
+                reasons.append((uuid, reason))
+            else:
+                taken[uuid] = lock
+        if len(taken) == mine.gpus:
+            ticket.devices = list(taken.values())
+            ticket.write(devices=tuple(taken), granted_s=time.time(), aside=False)
+            return Answer(tuple(taken))
+        for lock in taken.values():
+            lock.close()
+        _step_aside(ticket, len(mine.candidates) - len(reasons) - len(locked) < mine.gpus)
+        return Answer(None, tuple(requests), tuple(reasons), tuple(locked))
+
+
+def requests_now() -> list[Request]:
+    """Every live request of the machine, in order; granted ones hold their devices."""
+    path = Path(os.environ.get(FOLDER_VARIABLE) or DEFAULT_FOLDER)
+    if not path.exists():
+        return []
+    with _queue(folder()):
+        return live_requests(path)
+
+
+def live_requests(place: Path) -> list[Request]:
+    """Under the queue's lock: the requests whose process lives; files that dead ones left are removed."""
+    found = []
+    for path in _ticket_files(place):
+        with contextlib.suppress(FileNotFoundError):  # given back while we look
+            dead = Lock.take(path, shared=True, create=False)  # shared: a look must not pass for life
+            if dead is not None:
+                dead.close()
+                with contextlib.suppress(PermissionError):  # another user's: theirs to remove
+                    path.unlink()
+            elif line := path.read_text(encoding="utf-8").partition("\n")[0]:
+                found.append(request_of(json.loads(line)))
+    return found
+
+
+def request_of(raw: dict[str, Any]) -> Request:
+    """A request from its JSON."""
+    return Request(**{**raw, "candidates": tuple(raw["candidates"]), "devices": tuple(raw["devices"])})
+
+
+def _step_aside(ticket: Ticket, blocked: bool) -> None:
+    """Mark a request that could not be served even if every lease ended, once that has lasted."""
+    now = time.monotonic()
+    ticket.blocked_since = (ticket.blocked_since or now) if blocked else None
+    aside = ticket.blocked_since is not None and now - ticket.blocked_since >= ASIDE_SECONDS
+    if aside != ticket.request.aside:
+        ticket.write(aside=aside)
+
+
+@contextlib.contextmanager
+def _queue(place: Path) -> Iterator[int]:
+    """The queue's lock; yields the descriptor of its file, which holds the last number."""
+    try:
+        lock = Lock.take(place / "queue", wait=True)
+    except OSError as error:
+        raise _unusable(place, error.strerror) from None
+    assert lock is not None and lock.descriptor is not None
+    try:
+        yield lock.descriptor
+    finally:
+        lock.close()
+
+
+def _number(counter: int) -> int:
+    text = os.pread(counter, 20, 0)
+    return int(text) if text.isdigit() else 0
+
+
+def _ticket_files(place: Path) -> list[Path]:
+    return sorted(place.glob("ticket-*"))
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container's user without a name
+        return str(os.getuid())
+
+
+def _unusable(path: Path, reason: str | None) -> UserError:
+    return UserError(
+        f"GPU leases cannot be kept in {path} ({reason}): "
+        f"set {FOLDER_VARIABLE} to a local folder that every user of the GPUs can write to"
+    )
