@@ -126,3 +126,17 @@ def next_turn_suffix(
         return None
     token = _special_at(following, len(generated), _special_tokens(tokenizer))
     return following[len(generated) + len(token) :] if token else None
+
+
+def suffix_behind_any_answer(
+    tokenizer: PreTrainedTokenizerBase, messages_so_far: list[Message], user_text: str
+) -> str | None:
+    """As `next_turn_suffix`, but whatever the template does to the answer itself when it is history.
+
+    A template that drops an answer's thinking writes the same behind it: appended to the generated tokens, the thinking
+    stays. None where the template puts no special token behind an answer.
+    """
+    messages = [*messages_so_far, {"role": "assistant", "content": _MARK}, {"role": "user", "content": user_text}]
+    behind = render(tokenizer, messages, add_generation_prompt=True).partition(_MARK)[2]
+    token = _special_at(behind, 0, _special_tokens(tokenizer))
+    return behind[len(token) :] if token else None

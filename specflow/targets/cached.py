@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from specflow.errors import UserError
 from specflow.targets.attention import GROUPED, grouped_mask
-from specflow.targets.model import decoder_of
+from specflow.targets.model import attention_of, decoder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,12 +100,7 @@ class CachedTarget:
         self._hooks = capture_hooks(self.decoder, self.aux_layer_ids, self._aux)
         config = model.config.get_text_config()
         self._num_groups = config.num_attention_heads // config.num_key_value_heads
-        self._sliding_window = getattr(config, "sliding_window", None)
-        self._layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if unknown := self._layer_types - {"full_attention", "sliding_attention"}:
-            raise UserError(
-                f"target has layers of type {sorted(unknown)}: decoding in process knows full and sliding attention"
-            )
+        self._sliding_window, self._layer_types = attention_of(config)
 
     @torch.inference_mode()
     def forward(
@@ -142,7 +137,7 @@ class CachedTarget:
 
     def _mask(self, slots: Tensor, end: int, ragged: bool) -> Any:
         """Masks [b, 1, m, end] by layer type, in the form the attention takes; None where a query sees everything."""
-        sliding = self._sliding_window is not None and "sliding_attention" in self._layer_types
+        sliding = self._sliding_window is not None
         if not sliding and (not ragged or (self.num_rows == 1 and int(slots[0, 0]) == 0)):
             return None  # one token of one row, or a fresh prompt: sdpa's own causal path
         keys = torch.arange(end, device=self.device)
@@ -150,6 +145,8 @@ class CachedTarget:
         if not sliding:
             return self._attention_mask(full)
         near = full & (keys > slots[:, :, None] - self._sliding_window)[:, None]
+        if not self._layer_types:
+            return self._attention_mask(near)
         return {"full_attention": self._attention_mask(full), "sliding_attention": self._attention_mask(near)}
 
     def _attention_mask(self, allowed: Tensor) -> Tensor:
@@ -179,10 +176,8 @@ class CachedTarget:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., vocab_size] of post-norm states, with the target's own soft cap where it has one."""
-        logits = self.head(hidden)
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        """Logits [..., vocab_size] of post-norm states: the head alone, as `fetch` refuses targets that do more."""
+        return self.head(hidden)
 
     def close(self) -> None:
         for hook in self._hooks:

@@ -6,6 +6,7 @@ later one needs the network.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +18,15 @@ from specflow.errors import UserError
 from specflow.files import atomic_path, sha256_json, write_json
 from specflow.paths import Paths
 from specflow.sources import digest_of, resolve
-from specflow.targets.model import TargetFacts, load_tokenizer
+from specflow.targets.model import TargetFacts, attention_of, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+logger = logging.getLogger("specflow")
+TESTED = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "olmo2", "olmo3", "phi3"}
+TESTED |= {"smollm3", "exaone4"}
+"""Model types whose every forward tests/unit/test_architectures.py holds against plain transformers."""
 _GGUF_CONVERSION = 1
 """Raise when the conversion changes: part of the key of converted checkpoints."""
 _TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"}
@@ -101,6 +106,7 @@ def read_checkpoint(target: Target, folder: Path, cache: Path) -> TargetFacts:
         )
     config = AutoConfig.from_pretrained(folder, trust_remote_code=target.trust_remote_code)
     text = config.get_text_config()
+    check_supported(config, remote_code=target.trust_remote_code)
     files = _digests(folder, cache)
     facts = TargetFacts(
         source=" + ".join(target.parts),
@@ -116,6 +122,7 @@ def read_checkpoint(target: Target, folder: Path, cache: Path) -> TargetFacts:
         eos_token_ids=[],
         dtype=target.dtype,
         chat_template=target.chat_template,
+        template_options=target.template_options,
         trust_remote_code=target.trust_remote_code,
     )
     tokenizer = load_tokenizer(facts, cache)
@@ -157,8 +164,45 @@ def _shape_facts(text: PretrainedConfig) -> dict[str, Any]:
         "rms_norm_eps": _setting(text, "rms_norm_eps"),
         "hidden_act": _setting(text, "hidden_act", "hidden_activation"),
         "max_position_embeddings": _setting(text, "max_position_embeddings"),
-        "rope_parameters": dict(_setting(text, "rope_parameters")),
+        "rope_parameters": _rope(text),
     }
+
+
+def check_supported(config: PretrainedConfig, *, remote_code: bool = False) -> None:
+    """Raise UserError for a target that later stages would run wrongly or not at all.
+
+    Judged by what the config says, not by names: the draft's teacher is the head alone, attention is full or sliding
+    and runs in torch's fused kernel, angles do not change with the length. `sample` then holds its own forward against
+    transformers' on the real weights before it answers anything.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    text = config.get_text_config()
+    what = f"target of model type {text.model_type}"
+    for name in ("final_logit_softcapping", "attn_logit_softcapping"):
+        if getattr(text, name, None) is not None:
+            raise UserError(f"{what} caps its logits ({name}): not supported, use a target without")
+    for name in ("logit_scale", "logits_scaling"):
+        if getattr(text, name, None) not in (None, 1.0):
+            raise UserError(f"{what} scales its logits ({name} {getattr(text, name)}): not supported, use one without")
+    attention_of(text)
+    kind = _rope(text).get("rope_type", "default")
+    if kind in ("dynamic", "longrope"):
+        raise UserError(f"{what} uses RoPE type {kind!r}, whose angles change with the length: not supported")
+    if remote_code:
+        return
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"transformers has no causal language model of type {config.model_type}: use a decoder")
+    if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa:
+        raise UserError(f"{what} cannot run in torch's fused attention (sdpa): not supported, use another target")
+    if text.model_type not in TESTED:
+        logger.warning("%s is not among those that the tests compare with transformers; sample will check it", what)
+
+
+def _rope(text: PretrainedConfig) -> dict[str, Any]:
+    """RoPE parameters of the layers that see everything: the draft, one layer over the whole context, takes these."""
+    rope = dict(_setting(text, "rope_parameters"))
+    return dict(rope.get("full_attention", rope))
 
 
 def _revision(target: Target, folder: Path, cache: Path) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from specflow.errors import UserError
-from specflow.files import read_json
+from specflow.files import read_json, sha256_json
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +56,7 @@ class TargetFacts(BaseModel):
     dtype: str
     chat_template: str | None = None
     """Path of a template file that replaces the tokenizer's."""
+    template_options: dict[str, bool | int | str] = {}
     trust_remote_code: bool = False
 
     def path(self, cache: Path) -> Path:
@@ -104,6 +105,13 @@ def load_tokenizer(facts: TargetFacts, cache: Path) -> PreTrainedTokenizerBase:
         raise UserError(
             f"tokenizer of {facts.source} has no chat template: name a Jinja file in this family's target.chat_template"
         )
+    if facts.template_options:  # set in the template itself: all who render it, and its digest, see the same
+        options = "".join(f"{{%- set {k} = {json.dumps(v)} -%}}" for k, v in facts.template_options.items())
+        tokenizer.chat_template = options + tokenizer.chat_template
+    if facts.template_digest not in ("", sha256_json(tokenizer.chat_template)):  # fetch itself does not know it yet
+        raise UserError(
+            f"the chat template of {facts.source} changed since it was fetched: run `dvc repro -f fetch@<family>`"
+        )
     return tokenizer
 
 
@@ -150,6 +158,19 @@ def load_embedding(facts: TargetFacts, cache: Path) -> torch.Tensor:
     import torch
 
     return load_tensor(facts, cache, facts.embedding_key).to(getattr(torch, facts.dtype))
+
+
+def attention_of(config: Any) -> tuple[int | None, set[str]]:
+    """Sliding window in tokens (None: every layer sees everything) and the types of the layers of a text config.
+
+    No types: all layers are alike, as in Mistral, whose every layer slides where a window is set. Raises UserError for
+    layers that are not attention, or whose attention is neither full nor sliding.
+    """
+    types = set(getattr(config, "layer_types", None) or ())
+    if unknown := types - {"full_attention", "sliding_attention"}:
+        raise UserError(f"target has layers of type {sorted(unknown)}: specflow knows full and sliding attention")
+    window = getattr(config, "sliding_window", None)
+    return (None if types == {"full_attention"} else window), types
 
 
 def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
