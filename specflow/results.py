@@ -1,15 +1,22 @@
-"""What finished stages left on disk, as the MLflow record shows it: headline names, files worth keeping, dvc.lock."""
+"""What finished stages left on disk, as MLflow and `specflow compare` show it: fixed names, files, dvc.lock."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from specflow.config import Params
+from specflow.files import sha256_json
 from specflow.paths import Paths
+
+METHOD = "eagle3"
+COSTS = ("seconds", "gpu_seconds", "gpu_joules")
+"""Keys of any stage's metrics that `cost/<key>` sums over the stages."""
 
 STAGE_ARTIFACTS = {
     "prepare": ["prompts/data_report.json"],
@@ -17,21 +24,51 @@ STAGE_ARTIFACTS = {
     "train_offline": ["draft/config.json", "plots/training.json", "plots/eval.json"],
     "train_online": ["draft/config.json", "plots/training.json", "plots/eval.json"],
     "export": ["export/eagle3/config.json"],
-    "bench": ["bench/summary.json", "plots/survival.json", "plots/sweep.json"],
+    "bench": [
+        "bench/summary.json",
+        "bench/records.jsonl",
+        "bench/served.json",
+        "bench/served_records.jsonl",
+        "plots/survival.json",
+        "plots/sweep.json",
+    ],
 }
 """Result files kept with a stage's run, below the family's artifacts."""
 
 
+TRAIN_NAMES = {"train_tokens": "tokens_per_epoch", "train_tok_s": "tok_s", "train_s": "loop_seconds"}
+VOCAB_NAMES = {"coverage_eval": "coverage"}
+"""What is compared is the coverage of held-out answers: that of the training answers is 1 or nearly so."""
+
+
+def mode(name: str, params: Params) -> str:
+    """How a family trains: offline (from stored hidden states) or online."""
+    return "offline" if name in params.offline else "online"
+
+
+def belongs(stage: str, mode: str) -> bool:
+    """Whether a family of this mode has the stage; files of the other mode may lie about after a change of list."""
+    return stage not in (("train_online",) if mode == "offline" else ("train_offline", "extract"))
+
+
 def headline(stage: str, metrics: dict[str, float], paths: Paths) -> dict[str, float]:
-    """A stage's metrics by MLflow name: `<stage>/<key>`, and for bench the fixed names, of all sets and of each."""
-    prefix = "train" if stage.startswith("train_") else stage
-    named = {f"{prefix}/{key}": float(value) for key, value in metrics.items() if value is not None}
+    """A stage's metrics by the names that MLflow and `specflow compare` show: docs/mlflow.md defines each."""
+    known = {key: float(value) for key, value in metrics.items() if value is not None}
+    if stage.startswith("train_"):
+        named = {f"train/{TRAIN_NAMES.get(key, key)}": value for key, value in known.items()}
+        if {"train_tok_s", "train_s"} <= set(known):  # the rate is defined as tokens of all epochs over these seconds
+            named["train/tokens"] = float(round(known["train_tok_s"] * known["train_s"]))
+        return named
+    if stage == "vocab":
+        return {f"vocab/{VOCAB_NAMES.get(key, key)}": value for key, value in known.items()}
     file = paths.bench / "summary.json"
-    if stage == "bench" and file.exists():
-        summary = json.loads(file.read_text(encoding="utf-8"))
-        for name, result in summary["sets"].items():
-            named |= {f"{key}.{name}": value for key, value in _bench_names(result).items()}
-        named |= _bench_names(summary["overall"])
+    if stage != "bench" or not file.exists():
+        return {f"{stage}/{key}": value for key, value in known.items()}
+    summary = json.loads(file.read_text(encoding="utf-8"))
+    named = _bench_names(summary["overall"])
+    named |= {f"bench/{key}": value for key, value in known.items() if not _said_already(key)}
+    for name, result in summary["sets"].items():
+        named |= {f"{name}/{key.replace('/', '_')}": value for key, value in _bench_names(result).items()}
     return named
 
 
@@ -39,14 +76,68 @@ def _bench_names(result: dict[str, Any]) -> dict[str, float]:
     low, high = result["speedup_ci"]
     return {
         "accept/length": result["acceptance_length"],
-        **{f"accept/pos_{i}": rate for i, rate in enumerate(result["survival"], 1)},
         "bench/speedup": result["speedup"],
+        **{f"accept/pos_{i}": rate for i, rate in enumerate(result["survival"], 1)},
         "bench/speedup_low": low,
         "bench/speedup_high": high,
         "bench/tok_s": result["tok_s"],
         "bench/baseline_tok_s": result["baseline_tok_s"],
         # Under sampling outputs may differ and the field is null.
         **({"bench/lossless": float(result["lossless"])} if result["lossless"] is not None else {}),
+    }
+
+
+def _said_already(key: str) -> bool:
+    """Keys of metrics/bench.json that the names made from the summary repeat."""
+    repeated = ("acceptance_length", "speedup", "speedup_ci_low", "speedup_ci_high", "tok_s", "baseline_tok_s")
+    return key in repeated or key.startswith("survival_") or "." in key
+
+
+COMPARED = ("bench", "train_offline", "train_online", "vocab")
+"""Stages whose metrics are compared between pipeline runs; the others' counts stay with their own runs."""
+
+
+def family_metrics(paths: Paths, stages: Iterable[str]) -> dict[str, float]:
+    """What pipeline runs are compared by, the most telling first, and what all these stages cost (`cost/...`).
+
+    MLflow's page offers the first metric of a run as the one to plot.
+    """
+    named: dict[str, float] = {}
+    costs: dict[str, float] = {}
+    done = list(stages)
+    for stage in [*(stage for stage in COMPARED if stage in done), *(stage for stage in done if stage not in COMPARED)]:
+        metrics = read_metrics(paths, stage)
+        if stage in COMPARED:
+            named |= headline(stage, metrics, paths)
+        for key in COSTS:
+            if metrics.get(key) is not None:
+                costs[f"cost/{key}"] = costs.get(f"cost/{key}", 0.0) + metrics[key]
+    return named | costs
+
+
+def measured_stages(paths: Paths, mode: str) -> list[str]:
+    """Stages of a family whose metrics lie on disk, by name."""
+    found = sorted(file.stem for file in (paths.base / "metrics").glob("*.json"))
+    return [stage for stage in found if belongs(stage, mode)]
+
+
+def verdict(paths: Paths) -> str:
+    """The benchmark's one sentence."""
+    return str(json.loads((paths.bench / "summary.json").read_text(encoding="utf-8"))["verdict"])
+
+
+def conditions(summary: dict[str, Any]) -> dict[str, str]:
+    """What two benchmarks must share before their speeds may be compared, as short texts."""
+    identity, settings = summary["identity"], summary["settings"]
+    versions = identity["versions"]
+    asked = {key: settings[key] for key in ("questions", "max_new_tokens", "max_turns", "temperature")}
+    return {
+        "target_digest": identity["target"]["digest"],
+        "target_dtype": identity["target"]["dtype"],
+        "machine": f"{identity['cpu']}, {identity['torch_threads']} threads, {identity['device']}",
+        "engine": f"torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"code {versions.get('engine', 'unknown')}",
+        "bench_settings": sha256_json(asked)[:12],
     }
 
 
@@ -62,18 +153,45 @@ def read_metrics(paths: Paths, stage: str) -> dict[str, float]:
     return dict(json.loads(paths.metrics(stage).read_text(encoding="utf-8")))
 
 
-def locked_stages(paths: Paths) -> dict[str, str]:
-    """md5 of the metrics file by stage, for the family's stages whose file on disk is the one that dvc.lock records."""
-    found = {}
+def locked_stages(paths: Paths, mode: str) -> dict[str, str]:
+    """md5 of the metrics file by stage, for the stages of the family that are done and belong together.
+
+    That is: the file on disk is the one that dvc.lock records, and so is every input that another of its stages made,
+    back to the first. Results of a draft that has been trained anew since are not this draft's.
+    """
+    entries = {}
     for address, entry in _lock(paths).items():
         stage, _, family = address.partition("@")
+        if family == paths.family and belongs(stage, mode):
+            entries[address] = entry
+    made = {
+        out["path"]: (address, out.get("md5")) for address, entry in entries.items() for out in entry.get("outs", [])
+    }
+    stale: set[str] = set()
+    for _ in entries:  # as often as the longest chain of stages could need
+        for address, entry in entries.items():
+            for dep in entry.get("deps", []):
+                producer, digest = made.get(dep["path"], ("", dep.get("md5")))
+                if producer in stale or digest != dep.get("md5"):
+                    stale.add(address)
+    found = {}
+    for address, entry in entries.items():
+        stage = address.partition("@")[0]
         file = paths.metrics(stage)
-        if family != paths.family or not file.exists():
+        if address in stale or not file.exists():
             continue
         outs = {Path(out["path"]): out.get("md5") for out in entry.get("outs", [])}
         if outs.get(file.relative_to(paths.root)) == (digest := md5(file)):
             found[stage] = digest
     return found
+
+
+def locked_export(paths: Paths) -> str | None:
+    """DVC's digest of the export folder, by which its cache or remote still has the weights."""
+    for out in _lock(paths).get(f"export@{paths.family}", {}).get("outs", []):
+        if Path(out["path"]) == paths.export.relative_to(paths.root):
+            return str(out["md5"])
+    return None
 
 
 def locked_params(paths: Paths, stage: str) -> dict[str, Any]:

@@ -1,41 +1,58 @@
 """The MLflow record: an experiment per family, a parent run per pipeline run, a child per stage.
 
-The only importer of mlflow. MLflow is a log, never an input: a store that cannot be used costs one warning and the
-stage goes on. A stage's run carries the md5 of its metrics file, which dvc.lock records too: by it the run of a cached
-stage is found again (`link_reused`) and a lost record is rebuilt (`sync`).
+Only the `tracking*` modules import mlflow. MLflow is a log, never an input: a store that cannot be used costs one
+warning and the stage goes on. A stage's run carries the md5 of its metrics file, which dvc.lock records too: by it the
+run of a cached stage is found again (`link_reused`) and a lost record is rebuilt (`sync`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import getpass
 import json
 import logging
 import os
-import sqlite3
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 
-from specflow import __version__, results
+from specflow import __version__, gpus, results
 from specflow.config import Params
 from specflow.errors import UserError
 from specflow.paths import Paths, project_home
+from specflow.tracking_registry import find_version, register_draft
+from specflow.tracking_store import (
+    create_run,
+    ensure_experiment,
+    flatten,
+    locked,
+    log_params,
+    log_points,
+    now_ms,
+    open_store,
+    points,
+    reason,
+    search,
+    set_tags,
+    tracking_uri,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
+    from mlflow.entities.model_registry import ModelVersion
 
-STORE = "mlflow.db"
+PIPELINE_VARIABLE = "SPECFLOW_PIPELINE"
+"""Environment: what identifies the pipeline run that this process is a stage of, where `dvc repro` alone does not."""
+PIPELINE = "pipeline"
+"""Value of the tag `stage` on parent runs, so that `tags.stage = 'pipeline'` lists them alone."""
 FLUSH_POINTS = 500
 """Curve points kept before a write: a call of log_batch costs about 20 ms, whatever it holds."""
 FLUSH_SECONDS = 15.0
-MAX_PARAM_LENGTH = 6000
-"""MLflow's limit on a parameter's value."""
 logger = logging.getLogger("specflow")
 
 
@@ -55,7 +72,7 @@ class StageRun:
 
     def link_reused(self) -> None:
         """Give the parent the headline metrics of every stage, and the ids of runs that this pipeline run reused."""
-        self._try(lambda record: link_reused(record.client, record.experiment_id, record.parent_id, record.paths))
+        self._try(lambda record: record.link_reused())
 
     def end(self, status: str) -> None:
         self._try(lambda record: record.end(status))
@@ -98,149 +115,199 @@ class _Record:
     def __init__(self, stage: str, name: str, params: Params, paths: Paths, parent_run_id: str | None) -> None:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        self.stage, self.paths = stage, paths
+        self.stage, self.params, self.paths = stage, params, paths
         home = project_home(paths.root)
         self.client = open_store(home)
         self.experiment_id = ensure_experiment(self.client, name, home)
-        tags = _tags(name, params)
-        with _locked(home):
-            self.parent_id = parent_run_id or _pipeline_run(self.client, self.experiment_id, _pipeline_key(), tags)
-        self.run_id = _create_run(
-            self.client, self.experiment_id, stage, {**tags, "mlflow.parentRunId": self.parent_id}
+        self.tags = _tags(name, params)
+        self.parent_id = parent_run_id or _pipeline_run(
+            self.client, self.experiment_id, _pipeline_key(), self.tags, home
         )
+        own = {**self.tags, "stage": stage, "mlflow.parentRunId": self.parent_id}
+        self.run_id = create_run(self.client, self.experiment_id, stage, own)
         self.client.update_run(self.parent_id, status="RUNNING")
-        flat = _flatten(params.families[name].model_dump(mode="json"))
+        flat = flatten(params.families[name].model_dump(mode="json"))
         for run_id in (self.run_id, self.parent_id):
-            _log_params(self.client, run_id, flat)
+            log_params(self.client, run_id, flat)
         self._points: list[Metric] = []
         self._flushed = time.monotonic()
-        self._monitor = SystemMetricsMonitor(self.run_id, tracking_uri=_uri(home))
+        self._monitor = SystemMetricsMonitor(self.run_id, tracking_uri=tracking_uri(home))
+        gpus.watch_only_mine(self._monitor)
         self._monitor.start()
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        self._points += _metrics(metrics, step, _now_ms())
+        self._points += points(metrics, step, now_ms())
         if len(self._points) >= FLUSH_POINTS or time.monotonic() - self._flushed > FLUSH_SECONDS:
             self._flush()
 
     def finish(self, metrics: dict[str, float]) -> None:
-        self._points += _metrics(results.headline(self.stage, metrics, self.paths), 0, _now_ms())
+        self._points += points(results.headline(self.stage, metrics, self.paths), 0, now_ms())
         self._flush()
         digests = _digest_tags(self.stage, self.paths)
-        for key, value in digests.items():
-            self.client.set_tag(self.run_id, key, value)
-        if "target_digest" in digests:
-            self.client.set_tag(self.parent_id, "target_digest", digests["target_digest"])
+        set_tags(self.client, self.run_id, digests)
+        set_tags(self.client, self.parent_id, _of_parent(digests))
         _log_artifacts(self.client, self.run_id, self.stage, self.paths)
+        if self.stage == "bench":
+            try:
+                _register(self.client, self.run_id, self.params, self.paths, self.tags | digests)
+            except Exception as error:  # a store without a registry still records the run
+                logger.warning("MLflow does not register this draft. %s", reason(error))
+
+    def link_reused(self) -> None:
+        mode = results.mode(self.paths.family, self.params)
+        link_reused(self.client, self.experiment_id, self.parent_id, self.paths, mode)
 
     def end(self, status: str) -> None:
         self._flush()
         self._monitor.finish()
         self.client.set_terminated(self.run_id, status)
-        self.client.set_terminated(self.parent_id, status)
+        with locked(project_home(self.paths.root)):
+            _settle(self.client, self.experiment_id, self.parent_id)
 
     def _flush(self) -> None:
-        points, self._points, self._flushed = self._points, [], time.monotonic()
-        _log_metrics(self.client, self.run_id, points)
+        metrics, self._points, self._flushed = self._points, [], time.monotonic()
+        log_points(self.client, self.run_id, metrics)
 
 
-def open_store(home: Path) -> MlflowClient:
-    """The project's sqlite store, created and migrated under a lock: two processes doing that at once break it.
+def link_pipeline(key: str, names: Iterable[str], params: Params, tags: dict[str, str]) -> dict[str, str]:
+    """Complete the parent runs of the pipeline run `key`, one of each family in `names`; return their ids by family.
 
-    Raises UserError where the file cannot be used; MLflow itself would retry for minutes.
+    For whoever drives the pipeline, at its end: makes the parents that are missing (where every stage was cached there
+    is none), adds `tags`, gives them the headline metrics of all stages and the ids of the runs that were reused, and
+    ends them: FINISHED, or as the worst of their stages. Calling it again changes nothing. A store that cannot be used
+    is one warning; the answer then lacks what was not reached.
     """
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # MLflow has no other switch
-    from mlflow import MlflowClient
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # the import has set its own level
-    store = home / STORE
-    with _locked(home):
-        try:
-            with contextlib.closing(sqlite3.connect(store, timeout=60)) as connection:
-                connection.execute("BEGIN IMMEDIATE")
-                connection.rollback()
-            client = MlflowClient(_uri(home))
-            client.search_experiments(max_results=1)
-        except Exception as error:  # sqlite3's, SQLAlchemy's, Alembic's or MLflow's own, by what is wrong with the file
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"MLflow store {store} cannot be used ({reason}): move it away and run `specflow init`"
-            ) from None
-    return client
+    parents = {}
+    try:
+        client = open_store(project_home(Path()))
+        for name in names:
+            paths = Paths(root=Path(), family=name, cache=Path(params.cache_dir).expanduser())
+            home = project_home(paths.root)
+            experiment_id = ensure_experiment(client, name, home)
+            parent_id = _pipeline_run(client, experiment_id, _clean(key), _tags(name, params), home)
+            log_params(client, parent_id, flatten(params.families[name].model_dump(mode="json")))
+            set_tags(client, parent_id, tags)
+            link_reused(client, experiment_id, parent_id, paths, results.mode(name, params))
+            with locked(home):
+                _settle(client, experiment_id, parent_id, over=True)
+            parents[name] = parent_id
+    except Exception as error:  # see StageRun._try
+        _warn(error)
+    return parents
 
 
-def ensure_experiment(client: MlflowClient, name: str, home: Path) -> str:
-    """Id of the experiment of family `name`, created where it is missing; its artifacts lie in the project."""
-    with _locked(home):
-        experiment = client.get_experiment_by_name(name)
-        if experiment is not None:
-            return str(experiment.experiment_id)
-        return str(client.create_experiment(name, artifact_location=(home / "mlartifacts").resolve().as_uri()))
-
-
-def link_reused(client: MlflowClient, experiment_id: str, parent_id: str, paths: Paths) -> None:
+def link_reused(client: MlflowClient, experiment_id: str, parent_id: str, paths: Paths, mode: str) -> None:
     """Copy every stage's headline metrics to the parent; tag it `reused.<stage>` = run id for what it did not run."""
     parent = client.get_run(parent_id)
-    for stage, md5 in results.locked_stages(paths).items():
+    stages = results.locked_stages(paths, mode)
+    tags: dict[str, str] = {}
+    for stage, md5 in stages.items():
+        tags |= _of_parent(_digest_tags(stage, paths))
         run = _find_run(client, experiment_id, stage, md5)
-        if run is None:  # lost, or made before the store: `sync` rebuilds it
-            continue
-        if run.data.tags.get("mlflow.parentRunId") != parent_id:
-            client.set_tag(parent_id, f"reused.{stage}", run.info.run_id)
-        named = results.headline(stage, results.read_metrics(paths, stage), paths)
-        # One fixed time, so that linking twice writes the same rows and no second point.
-        _log_metrics(client, parent_id, _metrics(named, 0, parent.info.start_time))
+        # One is missing where the store was lost or made later: `sync` rebuilds it.
+        if run is not None and run.data.tags.get("mlflow.parentRunId") != parent_id:
+            tags[f"reused.{stage}"] = run.info.run_id
+    named = results.family_metrics(paths, stages)
+    # What is there already is not written again: linking twice adds no second point.
+    new = {key: value for key, value in named.items() if parent.data.metrics.get(key) != value}
+    log_points(client, parent_id, points(new, 0, now_ms()))
+    if "bench" in stages:
+        tags["mlflow.note.content"] = results.verdict(paths)  # the description on the run's page
+    set_tags(client, parent_id, tags)
 
 
 def sync(name: str, params: Params, paths: Paths) -> list[str]:
     """Rebuild the runs that dvc.lock and the metrics files vouch for and the store lacks; return their stages.
 
-    Calling it again creates nothing. The newest parent run of the family then carries every stage's metrics.
+    Calling it again creates nothing. The newest parent run of the family then carries every stage's metrics, and the
+    draft is registered.
     """
     home = project_home(paths.root)
     client = open_store(home)
     experiment_id = ensure_experiment(client, name, home)
-    missing = [
-        stage for stage, md5 in results.locked_stages(paths).items() if not _find_run(client, experiment_id, stage, md5)
-    ]
+    mode = results.mode(name, params)
+    done = results.locked_stages(paths, mode)
+    missing = [stage for stage, md5 in done.items() if not _find_run(client, experiment_id, stage, md5)]
     if missing:
-        lock_digest = results.md5(paths.root / "dvc.lock")
-        key = f"dvc.lock {lock_digest}"
-        parent_id = _pipeline_run(client, experiment_id, key, {**_tags(name, params), "rebuilt": "true"})
+        key = f"dvc.lock {results.md5(paths.root / 'dvc.lock')}"
+        parent_id = _pipeline_run(client, experiment_id, key, {**_tags(name, params), "rebuilt": "true"}, home)
+        flat: dict[str, str] = {}
+        for stage in done:
+            flat |= flatten(results.locked_params(paths, stage))
+        log_params(client, parent_id, flat)
         for stage in missing:
             _rebuild(client, experiment_id, parent_id, stage, params, paths)
         client.set_terminated(parent_id, "FINISHED")
     else:
-        newest = _newest_parent(client, experiment_id)
-        if newest is None:
+        newest = search(client, experiment_id, "tags.pipeline LIKE '%'")
+        if not newest:
             return []
-        parent_id = newest
-    link_reused(client, experiment_id, parent_id, paths)
+        parent_id = newest[0].info.run_id
+    link_reused(client, experiment_id, parent_id, paths, mode)
+    if "bench" in done:
+        _ensure_registered(client, experiment_id, done["bench"], params, paths)
     return missing
 
 
 def _rebuild(
     client: MlflowClient, experiment_id: str, parent_id: str, stage: str, params: Params, paths: Paths
 ) -> None:
-    file = paths.metrics(stage)
-    made_ms = int(file.stat().st_mtime * 1000)
-    tags = {**_tags(paths.family, params), "rebuilt": "true", "mlflow.parentRunId": parent_id}
-    run_id = _create_run(client, experiment_id, stage, {**tags, **_digest_tags(stage, paths)}, start_time=made_ms)
-    _log_params(client, run_id, _flatten(results.locked_params(paths, stage)))
-    points = _metrics(results.headline(stage, results.read_metrics(paths, stage), paths), 0, made_ms)
+    made_ms = int(paths.metrics(stage).stat().st_mtime * 1000)
+    tags = {**_tags(paths.family, params), "stage": stage, "rebuilt": "true", "mlflow.parentRunId": parent_id}
+    run_id = create_run(client, experiment_id, stage, {**tags, **_digest_tags(stage, paths)}, start_time=made_ms)
+    log_params(client, run_id, flatten(results.locked_params(paths, stage)))
+    metrics = points(results.headline(stage, results.read_metrics(paths, stage), paths), 0, made_ms)
     if stage.startswith("train_"):
         for prefix, plot in (("train", "training.json"), ("eval", "eval.json")):
             if paths.plot(plot).exists():
                 for row in json.loads(paths.plot(plot).read_text(encoding="utf-8")):
                     step = int(row.pop("step"))
-                    points += _metrics({f"{prefix}/{key}": value for key, value in row.items()}, step, made_ms)
-    _log_metrics(client, run_id, points)
+                    metrics += points({f"{prefix}/{key}": value for key, value in row.items()}, step, made_ms)
+    log_points(client, run_id, metrics)
     _log_artifacts(client, run_id, stage, paths)
     client.set_terminated(run_id, "FINISHED", end_time=made_ms)
 
 
+def _register(client: MlflowClient, run_id: str, params: Params, paths: Paths, tags: dict[str, str]) -> None:
+    kept = ("family", "method", "mode", "git_commit", "metrics_md5")
+    told = {key: tags[key] for key in kept if key in tags}
+    register_draft(client, run_id, paths, told, weights=params.register_weights)
+
+
+def registered_version(client: MlflowClient, name: str, params: Params, paths: Paths) -> ModelVersion:
+    """The version of the draft whose benchmark lies on disk, registered where it is not yet.
+
+    Raises UserError where no run of that benchmark is recorded and dvc.lock does not vouch for it.
+    """
+    digest = json.loads((paths.bench / "summary.json").read_text(encoding="utf-8"))["identity"]["draft_digest"]
+    version = find_version(client, name, digest)
+    if version is None:
+        sync(name, params, paths)  # which registers it too
+        version = find_version(client, name, digest)
+    if version is None:
+        raise UserError(f"no run of the benchmark of {name!r} is recorded: run `dvc repro bench@{name}`")
+    return version
+
+
+def _ensure_registered(client: MlflowClient, experiment_id: str, md5: str, params: Params, paths: Paths) -> None:
+    run = _find_run(client, experiment_id, "bench", md5)
+    assert run is not None, "made by now"
+    if find_version(client, paths.family, run.data.tags.get("draft_digest", "")) is None:
+        _register(client, run.info.run_id, params, paths, run.data.tags)
+
+
+def _clean(key: str) -> str:
+    """A key that can stand in quotes in a search."""
+    return key.replace("'", "")
+
+
 def _pipeline_key() -> str | None:
-    """Identity of the `dvc repro` or `dvc exp run` above us (process id and start), or None when run by hand."""
+    """What the environment says, else the `dvc repro` or `dvc exp run` above us (process id and start).
+
+    None when run by hand.
+    """
+    if told := os.environ.get(PIPELINE_VARIABLE, "").strip():
+        return _clean(told)
     for process in psutil.Process().parents():
         with contextlib.suppress(psutil.Error):
             words = process.cmdline()
@@ -250,46 +317,49 @@ def _pipeline_key() -> str | None:
     return None
 
 
-def _pipeline_run(client: MlflowClient, experiment_id: str, key: str | None, tags: dict[str, str]) -> str:
+def _pipeline_run(client: MlflowClient, experiment_id: str, key: str | None, tags: dict[str, str], home: Path) -> str:
     """Id of the parent run with this key, created where it is missing; without a key always a new one."""
-    if key is not None:
-        found = client.search_runs([experiment_id], f"tags.pipeline = '{key}'", max_results=1)
-        if found:
-            return str(found[0].info.run_id)
-    name = "pipeline " + time.strftime("%Y-%m-%d %H:%M:%S")
-    return _create_run(client, experiment_id, None, {**tags, "pipeline": key or "by hand"}, name=name)
+    with locked(home):
+        if key is not None:
+            found = client.search_runs([experiment_id], f"tags.pipeline = '{key}'", max_results=1)
+            if found:
+                return str(found[0].info.run_id)
+        # A list of runs shows some twenty characters of a name.
+        name = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {tags['family']}"
+        tags = {**tags, "stage": PIPELINE, "pipeline": key or "by hand"}
+        return create_run(client, experiment_id, name, tags)
 
 
-def _create_run(
-    client: MlflowClient,
-    experiment_id: str,
-    stage: str | None,
-    tags: dict[str, str],
-    *,
-    name: str | None = None,
-    start_time: int | None = None,
-) -> str:
-    tags = {**tags, **({"stage": stage} if stage else {})}
-    run = client.create_run(experiment_id, start_time=start_time, tags=tags, run_name=name or stage)
-    return str(run.info.run_id)
+def _settle(client: MlflowClient, experiment_id: str, parent_id: str, *, over: bool = False) -> None:
+    """Give the parent the worst state of its stages' newest runs; while one still runs it does too, unless all is over.
+
+    `over` also ends runs that a killed process left open.
+    """
+    newest: dict[str, Run] = {}
+    for run in search(client, experiment_id, f"tags.`mlflow.parentRunId` = '{parent_id}'", limit=1000):
+        newest.setdefault(run.data.tags.get("stage", ""), run)
+    states = set()
+    for run in newest.values():
+        state = run.info.status
+        if over and state == "RUNNING":
+            state = "KILLED"
+            client.set_terminated(run.info.run_id, state)
+        states.add(state)
+    worst = next((state for state in ("RUNNING", "FAILED", "KILLED") if state in states), "FINISHED")
+    if worst != "RUNNING":
+        client.set_terminated(parent_id, worst)
 
 
 def _find_run(client: MlflowClient, experiment_id: str, stage: str, md5: str) -> Run | None:
-    query = f"tags.stage = '{stage}' and tags.metrics_md5 = '{md5}'"
-    found = client.search_runs([experiment_id], query, max_results=1, order_by=["attributes.start_time DESC"])
+    found = search(client, experiment_id, f"tags.stage = '{stage}' and tags.metrics_md5 = '{md5}'")
     return found[0] if found else None
 
 
-def _newest_parent(client: MlflowClient, experiment_id: str) -> str | None:
-    order = ["attributes.start_time DESC"]
-    found = client.search_runs([experiment_id], "tags.pipeline LIKE '%'", max_results=1, order_by=order)
-    return str(found[0].info.run_id) if found else None
-
-
 def _tags(name: str, params: Params) -> dict[str, str]:
-    mode = "offline" if name in params.offline else "online"
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    tags = {"family": name, "method": "eagle3", "mode": mode, "specflow_version": __version__}
+    command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    tags = {"family": name, "method": results.METHOD, "mode": results.mode(name, params)}
+    tags |= {"specflow_version": __version__, "mlflow.user": getpass.getuser(), "mlflow.source.name": "specflow"}
     return {**tags, "git_commit": commit or "none", **({"mlflow.source.git.commit": commit} if commit else {})}
 
 
@@ -297,6 +367,9 @@ def _digest_tags(stage: str, paths: Paths) -> dict[str, str]:
     tags = {}
     if paths.target.exists():
         tags["target_digest"] = json.loads(paths.target.read_text(encoding="utf-8"))["digest"]
+    if stage == "bench" and (summary := paths.bench / "summary.json").exists():
+        told = json.loads(summary.read_text(encoding="utf-8"))
+        tags |= {**results.conditions(told), "draft_digest": told["identity"]["draft_digest"]}
     if paths.metrics(stage).exists():
         tags["metrics_md5"] = results.md5(paths.metrics(stage))
     if (lock := paths.root / "dvc.lock").exists():  # as it stands while the stage runs: what its inputs were locked at
@@ -304,34 +377,9 @@ def _digest_tags(stage: str, paths: Paths) -> dict[str, str]:
     return tags
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
-    """{"train": {"lr": 0.001}} -> {"train.lr": "0.001"}; lists as JSON."""
-    if not isinstance(value, dict):
-        return {prefix: value if isinstance(value, str) else json.dumps(value)}
-    flat: dict[str, str] = {}
-    for key, inner in value.items():
-        flat |= _flatten(inner, f"{prefix}.{key}" if prefix else key)
-    return flat
-
-
-def _log_params(client: MlflowClient, run_id: str, flat: dict[str, str]) -> None:
-    from mlflow.entities import Param
-
-    have = client.get_run(run_id).data.params  # a parent gets the same ones from each of its stages
-    new = [Param(key, value[:MAX_PARAM_LENGTH]) for key, value in flat.items() if key not in have]
-    for first in range(0, len(new), 100):  # log_batch's limit
-        client.log_batch(run_id, params=new[first : first + 100])
-
-
-def _metrics(values: dict[str, float], step: int, time_ms: int) -> list[Metric]:
-    from mlflow.entities import Metric
-
-    return [Metric(key, float(value), time_ms, step) for key, value in values.items()]
-
-
-def _log_metrics(client: MlflowClient, run_id: str, points: list[Metric]) -> None:
-    for first in range(0, len(points), 1000):  # log_batch's limit
-        client.log_batch(run_id, metrics=points[first : first + 1000])
+def _of_parent(digests: dict[str, str]) -> dict[str, str]:
+    """The tags of a stage that are true of the whole pipeline run."""
+    return {key: value for key, value in digests.items() if key not in ("metrics_md5", "dvc_lock_md5")}
 
 
 def _log_artifacts(client: MlflowClient, run_id: str, stage: str, paths: Paths) -> None:
@@ -339,22 +387,5 @@ def _log_artifacts(client: MlflowClient, run_id: str, stage: str, paths: Paths) 
         client.log_artifact(run_id, str(file))
 
 
-def _uri(home: Path) -> str:
-    return f"sqlite:///{(home / STORE).resolve()}"
-
-
-def _now_ms() -> int:
-    return int(time.time() * 1000)
-
-
 def _warn(error: Exception) -> None:
-    logger.warning("MLflow does not record this run; the stage goes on. %s", " ".join(str(error).split())[:300])
-
-
-@contextlib.contextmanager
-def _locked(home: Path) -> Iterator[None]:
-    folder = home / ".specflow"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "mlflow.lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+    logger.warning("MLflow does not record this run; the stage goes on. %s", reason(error))

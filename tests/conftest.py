@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
+from specflow import gpus, tracking_store
 from specflow.config import Params, parse_params
 from specflow.paths import Paths
+from tests import fake_nvml
 from tests.toys import tiny_params
 
 
@@ -28,3 +34,47 @@ def params(project: Path) -> Params:
 @pytest.fixture
 def paths(project: Path) -> Paths:
     return Paths(root=Path(), family="tiny", cache=project / "cache")
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fake_nvml.Machine]:
+    """This process on a fake machine with four GPUs of 80 GB and leases of its own."""
+    made = fake_nvml.Machine(tmp_path, [fake_nvml.gpu(number) for number in range(4)])
+    for key in ("CUDA_VISIBLE_DEVICES", "SPECFLOW_LEASE"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in made.variables.items():
+        monkeypatch.setenv(key, value)
+    real = sys.modules.pop("pynvml", None)
+    monkeypatch.syspath_prepend(str(fake_nvml.FOLDER))
+    gpus.nvml.cache_clear()
+    yield made
+    gpus.nvml.cache_clear()
+    sys.modules.pop("pynvml", None)
+    if real is not None:
+        sys.modules["pynvml"] = real
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated MLflow store: making one takes seconds, copying it none."""
+    home = tmp_path_factory.mktemp("store")
+    tracking_store.open_store(home)
+    return home / tracking_store.STORE
+
+
+@pytest.fixture
+def store(project: Path, empty_store: Path) -> Path:
+    """The project's own MLflow store, without a run."""
+    return Path(shutil.copy(empty_store, project / tracking_store.STORE))
+
+
+@pytest.fixture
+def mlflow_warnings() -> Iterator[list[str]]:
+    """What specflow's logger says of MLflow, as it comes (pytest's own capture depends on the logger's settings)."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage()) if "MLflow" in record.msg else None  # type: ignore
+    logger = logging.getLogger("specflow")
+    logger.addHandler(handler)
+    yield said
+    logger.removeHandler(handler)

@@ -3,50 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-import shutil
-import subprocess
-import sys
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from specflow import files, tracking
+from specflow import files, results, tracking, tracking_store, tracking_view
 from specflow.config import Params
 from specflow.errors import UserError
 from specflow.paths import Paths
-
-RESULT = {
-    "acceptance_length": 1.75,
-    "survival": [0.5, 0.25],
-    "speedup": 1.2,
-    "speedup_ci": [1.1, 1.3],
-    "tok_s": 60.0,
-    "baseline_tok_s": 50.0,
-    "lossless": True,
-}
-SUMMARY = {"overall": RESULT, "sets": {"questions": {**RESULT, "acceptance_length": 1.5, "lossless": None}}}
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated store: making one takes seconds, copying it none."""
-    home = tmp_path_factory.mktemp("store")
-    tracking.open_store(home)
-    return home / tracking.STORE
-
-
-@pytest.fixture
-def store(project: Path, empty_store: Path) -> Path:
-    return Path(shutil.copy(empty_store, project / tracking.STORE))
+from tests.evidence import write_bench
 
 
 @pytest.fixture
 def client(store: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(tracking, "_pipeline_key", lambda: "dvc 1 1.00")
-    return tracking.open_store(Path())
+    return tracking_store.open_store(Path())
 
 
 def run_stage(stage: str, params: Params, paths: Paths, metrics: dict[str, float], curve: int = 0) -> None:
@@ -83,8 +57,8 @@ def test_stages_of_one_pipeline_run_share_a_parent(client: Any, params: Params, 
     run_stage("vocab", params, paths, {"coverage": 0.5})
     run_stage("train_offline", params, paths, {"expected_acceptance_length": 1.5}, curve=3)
     runs = by_stage(client)
-    parent = runs[None]
-    assert set(runs) == {None, "vocab", "train_offline"}
+    parent = runs["pipeline"]
+    assert set(runs) == {"pipeline", "vocab", "train_offline"}
     for stage in ("vocab", "train_offline"):
         assert runs[stage].data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert runs[stage].info.status == "FINISHED"
@@ -108,22 +82,59 @@ def test_a_run_names_the_lock_it_ran_under(client: Any, params: Params, paths: P
 
 
 def test_bench_has_the_fixed_names(client: Any, params: Params, paths: Paths) -> None:
-    files.write_json(paths.bench / "summary.json", SUMMARY)
-    run_stage("bench", params, paths, {"tok_s": 60.0})
-    metrics = by_stage(client)["bench"].data.metrics
+    run_stage("bench", params, paths, write_bench(paths, {"a": 1.25, "b": 1.25}))
+    bench = by_stage(client)["bench"]
     expected = {
-        "accept/length": 1.75,
-        "accept/pos_1": 0.5,
-        "accept/pos_2": 0.25,
-        "bench/speedup": 1.2,
-        "bench/tok_s": 60.0,
-        "bench/baseline_tok_s": 50.0,
-        "accept/length.questions": 1.5,
+        "accept/length": 2.0,
+        "accept/pos_1": 1.0,
+        "bench/speedup": 1.25,
+        "bench/speedup_low": 1.25,
+        "bench/speedup_high": 1.25,
+        "bench/tok_s": 13 / 0.8,
+        "bench/baseline_tok_s": 13.0,
+        "bench/lossless": 1.0,
+        "bench/lossless_rate": 1.0,
+        "bench/num_speculative_tokens": 1.0,
+        "bench/seconds": 8.0,
+        "bench/gpu_seconds": 16.0,
+        **{f"questions/accept_{name}": value for name, value in (("length", 2.0), ("pos_1", 1.0))},
+        **{f"questions/bench_speedup{end}": 1.25 for end in ("", "_low", "_high")},
+        "questions/bench_tok_s": 13 / 0.8,
+        "questions/bench_baseline_tok_s": 13.0,
+        "questions/bench_lossless": 1.0,
     }
-    assert expected.items() <= metrics.items()
-    assert "bench/lossless.questions" not in metrics  # sampled: it has no value
-    artifacts = client.list_artifacts(by_stage(client)["bench"].info.run_id)
-    assert [artifact.path for artifact in artifacts] == ["summary.json"]
+    assert bench.data.metrics == pytest.approx(expected)
+    assert bench.data.tags["machine"] == "Some CPU, 2 threads, cpu"
+    artifacts = {artifact.path for artifact in client.list_artifacts(bench.info.run_id)}
+    assert artifacts == {"summary.json", "records.jsonl", "draft"}
+
+
+def test_training_and_vocabulary_have_the_fixed_names(paths: Paths) -> None:
+    trained = {"train_tokens": 1000, "train_tok_s": 250.0, "train_s": 12.0, "final_loss": 2.0}
+    assert results.headline("train_online", trained, paths) == {
+        "train/tokens": 3000.0,  # three epochs of 1000
+        "train/tokens_per_epoch": 1000.0,
+        "train/tok_s": 250.0,
+        "train/loop_seconds": 12.0,
+        "train/final_loss": 2.0,
+    }
+    covered = results.headline("vocab", {"coverage_eval": 0.9, "coverage_train": 1.0}, paths)
+    assert covered == {"vocab/coverage": 0.9, "vocab/coverage_train": 1.0}
+
+
+def test_costs_are_summed_over_the_stages_that_know_theirs(paths: Paths) -> None:
+    for stage, metrics in {
+        "vocab": {"seconds": 2.0},
+        "train_offline": {"seconds": 30.0, "gpu_seconds": 60.0, "gpu_joules": 9.0},
+        "extract": {"seconds": 10.0, "gpu_seconds": 10.0},
+        "train_online": {"seconds": 500.0},
+    }.items():
+        files.write_json(paths.metrics(stage), metrics)
+    stages = results.measured_stages(paths, "offline")
+    assert stages == ["extract", "train_offline", "vocab"]  # not what another mode left behind
+    metrics = results.family_metrics(paths, stages)
+    costs = {key: value for key, value in metrics.items() if key.startswith("cost/")}
+    assert costs == {"cost/seconds": 42.0, "cost/gpu_seconds": 70.0, "cost/gpu_joules": 9.0}
 
 
 def test_a_failing_and_a_stopped_stage_end_their_runs(client: Any, params: Params, paths: Paths) -> None:
@@ -140,14 +151,13 @@ def test_cached_stages_show_in_the_next_pipeline_run(
     run_stage("vocab", params, paths, {"coverage": 0.5})
     first = by_stage(client)["vocab"].info.run_id
     monkeypatch.setattr(tracking, "_pipeline_key", lambda: "dvc 2 2.00")
-    run_stage("export", params, paths, {"bytes": 7})
-    write_lock(paths, ["vocab", "export"])
+    run_stage("train_offline", params, paths, {"final_loss": 7})
+    write_lock(paths, ["vocab", "train_offline"])
     run_stage("report", params, paths, {})
     parent = next(run for run in all_runs(client) if run.data.tags.get("pipeline") == "dvc 2 2.00")
     assert parent.data.tags["reused.vocab"] == first
-    assert "reused.export" not in parent.data.tags
-    assert parent.data.metrics["vocab/coverage"] == 0.5
-    assert parent.data.metrics["export/bytes"] == 7
+    assert "reused.train_offline" not in parent.data.tags
+    assert parent.data.metrics == {"vocab/coverage": 0.5, "train/final_loss": 7}
 
 
 def test_sync_rebuilds_once(store: Path, params: Params, paths: Paths) -> None:
@@ -157,16 +167,16 @@ def test_sync_rebuilds_once(store: Path, params: Params, paths: Paths) -> None:
     write_lock(paths, ["vocab", "train_offline"])
     files.write_json(paths.metrics("export"), {"bytes": 7})  # not in the lock: nobody vouches for it
     assert sorted(tracking.sync("tiny", params, paths)) == ["train_offline", "vocab"]
-    client = tracking.open_store(Path())
+    client = tracking_store.open_store(Path())
     runs = by_stage(client)
-    assert set(runs) == {None, "vocab", "train_offline"}
+    assert set(runs) == {"pipeline", "vocab", "train_offline"}
     assert runs["train_offline"].data.params["train_offline.lr"] == "0.5"
     history = client.get_metric_history(runs["train_offline"].info.run_id, "train/loss_0")
     assert [point.value for point in history] == [2.0, 1.0]
-    assert runs[None].data.metrics["vocab/coverage"] == 0.5
+    assert runs["pipeline"].data.metrics["vocab/coverage"] == 0.5
     assert tracking.sync("tiny", params, paths) == []
     assert len(all_runs(client)) == 3
-    assert len(client.get_metric_history(runs[None].info.run_id, "vocab/coverage")) == 1
+    assert len(client.get_metric_history(runs["pipeline"].info.run_id, "vocab/coverage")) == 1
 
 
 def test_sync_trusts_only_files_that_the_lock_describes(store: Path, params: Params, paths: Paths) -> None:
@@ -178,39 +188,126 @@ def test_sync_trusts_only_files_that_the_lock_describes(store: Path, params: Par
 
 @pytest.mark.parametrize("damage", ["folder", "garbage"])
 def test_an_unusable_store_costs_one_warning(
-    project: Path, params: Params, paths: Paths, caplog: pytest.LogCaptureFixture, damage: str
+    project: Path, params: Params, paths: Paths, mlflow_warnings: list[str], damage: str
 ) -> None:
-    store = Path(tracking.STORE)
+    store = Path(tracking_store.STORE)
     if damage == "folder":
         store.mkdir()
     else:
         store.write_bytes(b"this is no database" * 100)
-    with caplog.at_level(logging.WARNING, "specflow"):
-        logging.getLogger("specflow").propagate = True
-        run_stage("vocab", params, paths, {"coverage": 0.5}, curve=3)
+    run_stage("vocab", params, paths, {"coverage": 0.5}, curve=3)
     assert paths.metrics("vocab").exists()
-    assert len([record for record in caplog.records if "MLflow" in record.message]) == 1
+    assert len(mlflow_warnings) == 1
     with pytest.raises(UserError, match=r"mlflow\.db cannot be used"):
-        tracking.open_store(Path())
+        tracking_store.open_store(Path())
 
 
 def test_a_store_that_breaks_midway_costs_one_warning(
-    client: Any, params: Params, paths: Paths, caplog: pytest.LogCaptureFixture
+    client: Any, params: Params, paths: Paths, mlflow_warnings: list[str]
 ) -> None:
-    logging.getLogger("specflow").propagate = True
-    with caplog.at_level(logging.WARNING, "specflow"), tracking.stage_run("vocab", "tiny", params, paths) as run:
-        Path(tracking.STORE).write_bytes(b"gone" * 1000)
+    with tracking.stage_run("vocab", "tiny", params, paths) as run:
+        Path(tracking_store.STORE).write_bytes(b"gone" * 1000)
         files.write_json(paths.metrics("vocab"), {"coverage": 0.5})
         run.finish({"coverage": 0.5})
         run.log({"x": 1.0}, 1)
-    assert len([record for record in caplog.records if "MLflow" in record.message]) == 1
+    assert len(mlflow_warnings) == 1
 
 
-def test_a_fresh_store_survives_being_opened_by_three_processes(project: Path) -> None:
-    code = (
-        "from pathlib import Path; from specflow import tracking as t;"
-        "t.ensure_experiment(t.open_store(Path()), 'tiny', Path())"
+def test_a_second_pipeline_run_with_everything_cached_compares_too(
+    client: Any, params: Params, paths: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_stage("vocab", params, paths, {"coverage_eval": 0.5})
+    run_stage("bench", params, paths, write_bench(paths, {"a": 1.25, "b": 1.25}))
+    write_lock(paths, ["vocab", "bench"])
+    ran = {stage: run.info.run_id for stage, run in by_stage(client).items()}
+    parents = tracking.link_pipeline("prefect it's", ["tiny"], params, {"prefect_flow_run": "abc"})
+    runs = {run.info.run_id: run for run in all_runs(client)}
+    assert len(runs) == 4
+    parent = runs[parents["tiny"]]
+    assert parent.info.status == "FINISHED"
+    tags = parent.data.tags
+    assert (tags["reused.vocab"], tags["reused.bench"]) == (ran["vocab"], ran["bench"])
+    assert (tags["prefect_flow_run"], tags["pipeline"], tags["machine"]) == (
+        "abc",
+        "prefect its",
+        "Some CPU, 2 threads, cpu",
     )
-    processes = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) for _ in range(3)]
-    outcomes = [(process.communicate()[1], process.returncode) for process in processes]
-    assert [code for _, code in outcomes] == [0, 0, 0], outcomes
+    assert tags["mlflow.note.content"].startswith("Pays: 1.25x")
+    assert parent.data.params["train.lr"] == "0.001"
+    fixed = {"accept/length": 2.0, "bench/speedup": 1.25, "vocab/coverage": 0.5, "cost/gpu_seconds": 16.0}
+    assert fixed.items() <= parent.data.metrics.items()
+    # Again: the same parent, no second point.
+    assert tracking.link_pipeline("prefect it's", ["tiny"], params, {"prefect_flow_run": "abc"}) == parents
+    assert len(all_runs(client)) == 4
+    assert len(client.get_metric_history(parents["tiny"], "bench/speedup")) == 1
+
+
+def test_a_linked_number_that_changed_is_the_newest_one(client: Any, params: Params, paths: Paths) -> None:
+    for coverage in (0.9, 0.5):
+        files.write_json(paths.metrics("vocab"), {"coverage_eval": coverage})
+        write_lock(paths, ["vocab"])
+        parent_id = tracking.link_pipeline("key", ["tiny"], params, {})["tiny"]
+    assert client.get_run(parent_id).data.metrics["vocab/coverage"] == 0.5
+
+
+def test_results_of_an_older_draft_are_not_this_pipelines(paths: Paths) -> None:
+    """train ran again and export did not: export and bench, whose files still lie there, belong to the old draft."""
+    for stage in ("train_offline", "export", "bench", "vocab"):
+        files.write_json(paths.metrics(stage), {"x": 1.0})
+    write_lock(paths, ["vocab", "train_offline", "export", "bench"])
+    lock = yaml.safe_load(Path("dvc.lock").read_text())
+    for stage, made, used, digest in (
+        ("train_offline", "draft", None, "new"),
+        ("export", "export", "draft", "new"),
+        ("bench", "bench", "export", "same"),
+    ):
+        entry = lock["stages"][f"{stage}@tiny"]
+        entry["outs"].append({"path": f"artifacts/tiny/{made}", "md5": "same" if made == "export" else "new"})
+        if used:
+            entry["deps"] = [{"path": f"artifacts/tiny/{used}", "md5": digest}]
+    Path("dvc.lock").write_text(yaml.safe_dump(lock))
+    assert set(results.locked_stages(paths, "offline")) == {"vocab", "train_offline", "export", "bench"}
+    lock["stages"]["export@tiny"]["deps"][0]["md5"] = "old"
+    Path("dvc.lock").write_text(yaml.safe_dump(lock))
+    assert set(results.locked_stages(paths, "offline")) == {"vocab", "train_offline"}
+
+
+def test_the_parent_is_as_its_stages_are(client: Any, params: Params, paths: Paths) -> None:
+    with tracking.stage_run("vocab", "tiny", params, paths):
+        with pytest.raises(RuntimeError), tracking.stage_run("extract", "tiny", params, paths):
+            raise RuntimeError
+        assert by_stage(client)["pipeline"].info.status == "RUNNING"
+    assert by_stage(client)["pipeline"].info.status == "FAILED"
+    run_stage("extract", params, paths, {"rows": 1})  # tried again, and it went well
+    assert by_stage(client)["pipeline"].info.status == "FINISHED"
+
+
+def test_the_end_of_a_pipeline_ends_what_a_killed_stage_left_open(client: Any, params: Params, paths: Paths) -> None:
+    run_stage("vocab", params, paths, {"coverage_eval": 0.5})
+    parent_id = by_stage(client)["pipeline"].info.run_id
+    tags = {"stage": "extract", "mlflow.parentRunId": parent_id}
+    client.create_run(client.get_run(parent_id).info.experiment_id, tags=tags)
+    assert tracking.link_pipeline("dvc 1 1.00", ["tiny"], params, {}) == {"tiny": parent_id}
+    runs = by_stage(client)
+    assert (runs["extract"].info.status, runs["pipeline"].info.status) == ("KILLED", "KILLED")
+
+
+def test_an_experiment_opens_on_its_pipeline_runs(client: Any, params: Params, paths: Paths) -> None:
+    """The saved view finds pipeline runs alone and names what a finished one has."""
+    write_bench(paths, {"a": 1.25, "b": 1.25})
+    files.write_json(paths.metrics("vocab"), {"coverage_eval": 0.5})
+    files.write_json(paths.metrics("train_offline"), {"train_tok_s": 10.0, "train_s": 2.0})
+    write_lock(paths, ["bench", "vocab", "train_offline"])
+    parent_id = tracking.link_pipeline("key", ["tiny"], params, {})["tiny"]
+    run, experiment = client.get_run(parent_id), client.get_experiment_by_name("tiny")
+    view = json.loads(experiment.tags[tracking_view.VIEW_TAG])
+    state = json.loads(view["state"])
+    (found,) = client.search_runs([experiment.experiment_id], state["searchFilter"])
+    assert found.info.run_id == parent_id
+    columns = {name.partition(".")[0]: set() for name in state["selectedColumns"]}
+    for name in state["selectedColumns"]:
+        kind, _, key = name.partition(".")
+        columns[kind].add(key.strip("`"))
+    assert columns["metrics"] <= set(run.data.metrics)
+    assert columns["params"] <= set(run.data.params) and columns["tags"] <= set(run.data.tags)
+    assert next(iter(run.data.metrics)) == "accept/length"  # what MLflow's compare page plots unasked

@@ -1,0 +1,214 @@
+"""`specflow promote`: whether a family's new draft becomes its champion, decided by a paired comparison, and why.
+
+A draft's speedup is relative to the target alone in its own benchmark run, which takes the machine's state of that day
+out of it. Two drafts are compared by the ratio of their speedups over the same questions: a bootstrap that draws the
+same questions for both. The alias moves only where the whole interval of that ratio lies above 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from specflow import results
+from specflow.bench.metrics import NUM_RESAMPLES, Record, paired
+from specflow.compare import CONDITIONS
+from specflow.config import Params
+from specflow.errors import UserError
+from specflow.files import read_json, read_jsonl, sha256_file
+from specflow.paths import Paths, project_home
+
+LEVEL = 0.95
+SEED = 0
+"""Of the bootstrap: the same two benchmarks always give the same decision."""
+LEAST_LENGTH = 1.02
+"""Below this acceptance length weights or template are wrong, whatever the clock says (as in the verdict)."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One benchmark of one draft."""
+
+    summary: dict[str, Any]
+    records: list[Record]
+
+    @property
+    def digest(self) -> str:
+        return str(self.summary["identity"]["draft_digest"])
+
+    def of(self, engine: str) -> list[Record]:
+        return [record for record in self.records if record.engine == engine]
+
+
+@dataclass(frozen=True)
+class Decision:
+    promote: bool
+    sentences: list[str]
+
+
+def read_evidence(folder: Path) -> Evidence:
+    made_by = "specflow bench <family>"
+    summary = read_json(folder / "summary.json", what="benchmark", made_by=made_by)
+    rows = read_jsonl(folder / "records.jsonl", what="benchmark records", made_by=made_by)
+    return Evidence(summary, [Record.from_json(row) for row in rows])
+
+
+def shortcomings(draft: Evidence) -> list[str]:
+    """Why a draft may not be champion whatever it is compared with; empty where nothing speaks against it."""
+    overall = draft.summary["overall"]
+    low, high = overall["speedup_ci"]
+    found = []
+    if overall["lossless"] is False:
+        found.append(
+            f"its greedy output differs from the target's own in {1 - overall['lossless_rate']:.1%} of the runs"
+        )
+    if overall["acceptance_length"] < LEAST_LENGTH:
+        found.append(f"its acceptance length is {overall['acceptance_length']:.2f}: wrong weights or template")
+    if overall["num_questions"] < 2:
+        found.append("it was measured on one question, which gives no interval")
+    if low <= 1.0:
+        found.append(f"the interval of its speedup, {low:.2f} to {high:.2f}, does not lie above 1")
+    return found
+
+
+def differences(new: Evidence, old: Evidence) -> list[str]:
+    """Why two benchmarks cannot be paired; empty where they can."""
+    ours, theirs = results.conditions(new.summary), results.conditions(old.summary)
+    found = [
+        f"other {what} ({theirs[k]} then, {ours[k]} now)" for k, what in CONDITIONS.items() if ours[k] != theirs[k]
+    ]
+    if None in (e.summary["identity"]["versions"].get("engine") for e in (new, old)):
+        found.append("a benchmark from before the engine's code was recorded")
+    if found:
+        return found
+    asked = [{(*r.request, r.num_prompt_tokens) for r in evidence.of("baseline")} for evidence in (new, old)]
+    if asked[0] != asked[1]:
+        return [f"{len(asked[0] ^ asked[1])} of {len(asked[0] | asked[1])} prompts are not in both"]
+    if new.summary["settings"]["temperature"] == 0.0:
+        answers = [{r.request: r.token_ids for r in evidence.of("baseline")} for evidence in (new, old)]
+        if answers[0] != answers[1]:
+            return ["the target alone answers otherwise now, so it is not the same target or engine"]
+    return []
+
+
+def paired_interval(new: Evidence, old: Evidence) -> tuple[float, float, float]:
+    """Speedup of the new draft over that of the old one, with the bootstrap interval over questions: value, low, high.
+
+    Each speedup is a ratio of sums: tokens per second with the draft over those of the target alone, of its own run. A
+    question's turns and repeats stay together; each resample draws the same questions for both drafts.
+    """
+    sums = [_by_question(evidence) for evidence in (new, old)]
+    questions = sorted(sums[0])
+    assert questions == sorted(sums[1]), "checked by differences()"
+    tables = [np.array([by[question] for question in questions]) for by in sums]
+    chosen = np.random.default_rng(SEED).integers(len(questions), size=(NUM_RESAMPLES, len(questions)))
+    value = _speedup(tables[0].sum(axis=0)) / _speedup(tables[1].sum(axis=0))
+    ratios = _speedup(tables[0][chosen].sum(axis=1)) / _speedup(tables[1][chosen].sum(axis=1))
+    low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(value), float(low), float(high)
+
+
+def _by_question(evidence: Evidence) -> dict[tuple[str, str], np.ndarray]:
+    """Baseline tokens, baseline seconds, draft tokens, draft seconds of each question."""
+    sums: dict[tuple[str, str], np.ndarray] = {}
+    for base, draft in paired(evidence.of("baseline"), evidence.of("draft")):
+        parts = np.array([len(base.token_ids), base.total_s, len(draft.token_ids), draft.total_s])
+        key = (base.set, base.question_id)
+        sums[key] = sums.get(key, 0.0) + parts
+    return sums
+
+
+def _speedup(sums: np.ndarray) -> np.ndarray:
+    """[..., 4] sums of _by_question -> [...]"""
+    return (sums[..., 2] / sums[..., 3]) / (sums[..., 0] / sums[..., 1])
+
+
+def decide(new: Evidence, champion: Iterable[Evidence] | None) -> Decision:
+    """Whether the new draft takes the alias. `champion`: its benchmarks, newest first, read only as far as needed.
+
+    None means that the family has no champion.
+    """
+    overall = new.summary["overall"]
+    low, high = overall["speedup_ci"]
+    told = [
+        f"The new draft {new.digest[:12]} reaches {overall['speedup']:.2f}x (95 % interval {low:.2f} to {high:.2f}) at "
+        f"acceptance length {overall['acceptance_length']:.2f}."
+    ]
+    if overall["lossless"] is None:
+        told.append("It was measured with sampling, so the benchmark says nothing about losslessness.")
+    if found := shortcomings(new):
+        return Decision(False, [*told, f"It is not promoted: {'; '.join(found)}."])
+    if champion is None:
+        return Decision(True, [*told, "The family has no champion, and this draft pays: it becomes the first."])
+    newest: list[str] | None = None
+    for old in champion:
+        reasons = differences(new, old)
+        if not reasons:
+            return _verdict(told, new, old)
+        newest = newest or reasons
+    because = "; ".join(newest) if newest else "no benchmark with records of it is in the store"
+    return Decision(
+        False, [*told, f"No decision: the champion was measured under other conditions: {because}.", REMEDY]
+    )
+
+
+REMEDY = (
+    "Benchmark the champion under today's conditions, or take the alias away in MLflow's model registry to start anew."
+)
+
+
+def _verdict(told: list[str], new: Evidence, old: Evidence) -> Decision:
+    theirs = old.summary["overall"]
+    value, low, high = paired_interval(new, old)
+    told = [
+        *told,
+        f"The champion {old.digest[:12]} reaches {theirs['speedup']:.2f}x on the same {theirs['num_questions']} "
+        "questions, machine and engine.",
+        f"Question by question the new draft is {value:.3f} times as fast (95 % interval {low:.3f} to {high:.3f}).",
+    ]
+    if low > 1.0:
+        return Decision(True, [*told, "The whole interval lies above 1: the new draft becomes champion."])
+    if high < 1.0:
+        return Decision(
+            False, [*told, "The whole interval lies below 1: the new draft is slower and the champion stays."]
+        )
+    return Decision(False, [*told, "The interval includes 1: no difference is shown and the champion stays."])
+
+
+def promote(name: str, params: Params, paths: Paths, *, dry_run: bool = False) -> Decision:
+    """Decide on the family's draft as it lies on disk, and move the alias unless `dry_run`.
+
+    Raises UserError where there is no benchmark of the exported draft, or no store.
+    """
+    from specflow import tracking, tracking_registry
+
+    if not (paths.bench / "summary.json").exists():
+        raise UserError(f"family {name!r} has no benchmark: run `dvc repro bench@{name}` first")
+    new = read_evidence(paths.bench)
+    weights = paths.export / "eagle3" / "model.safetensors"
+    if not weights.exists() or sha256_file(weights) != new.digest:
+        raise UserError(f"the benchmark of {name!r} is of another draft than {weights}: run `dvc repro bench@{name}`")
+    home = project_home(paths.root)
+    client = tracking_registry.open_registry(paths)
+    current = tracking_registry.champion(client, name)
+    if current is None:
+        decision = decide(new, None)
+    elif current.tags["draft_digest"] == new.digest:
+        return Decision(False, [f"The draft {new.digest[:12]} is the champion already: version {current.version}."])
+    else:
+        with tracking_registry.benchmarks(client, name, current.tags["draft_digest"], home) as folders:
+            decision = decide(new, map(read_evidence, folders))
+    if dry_run:
+        return Decision(decision.promote, [*decision.sentences, "Dry run: the alias stays where it is."])
+    version = tracking.registered_version(client, name, params, paths)
+    why = " ".join(decision.sentences)
+    if decision.promote:
+        tracking_registry.crown(client, version, why)
+        where = f"models:/{version.name}@{tracking_registry.CHAMPION}"
+        return Decision(True, [*decision.sentences, f"{where} is now version {version.version}."])
+    tracking_registry.tag_version(client, version, {"last_decision": why})
+    return decision

@@ -1,0 +1,136 @@
+"""Who becomes champion: closed-form cases of the paired interval, and everything that forbids a comparison."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from specflow.promote import Evidence, decide, differences, paired_interval, shortcomings
+from tests.evidence import make_records, make_summary
+
+QUESTIONS = [f"q{number}" for number in range(8)]
+
+
+def evidence(
+    speedups: float | dict[str, float], *, base_s: float = 1.0, draft: str = "old", **changes: Any
+) -> Evidence:
+    by_question = speedups if isinstance(speedups, dict) else dict.fromkeys(QUESTIONS, speedups)
+    records = make_records(by_question, base_s=base_s)
+    return Evidence(make_summary(records, draft=draft, **changes), records)
+
+
+def test_equal_ratios_give_an_interval_without_width() -> None:
+    """1.5 over 1.25 is 1.2 on every question, so on every resample; another day's slower machine changes nothing."""
+    new, old = evidence(1.5, base_s=3.0, draft="new"), evidence(1.25)
+    assert paired_interval(new, old) == pytest.approx((1.2, 1.2, 1.2))
+    decision = decide(new, [old])
+    assert decision.promote
+    assert "1.200 times as fast (95 % interval 1.200 to 1.200)" in " ".join(decision.sentences)
+
+
+def test_a_slower_draft_stays_behind() -> None:
+    decision = decide(evidence(1.25, draft="new"), [evidence(1.5)])
+    assert not decision.promote and "lies below 1" in decision.sentences[-1]
+
+
+def test_pairing_sees_what_separate_intervals_hide() -> None:
+    """Speedups from 1.1 to 2.5 have wide intervals that overlap, but 4 % more on each question is 4 % more."""
+    spread = {question: 1.1 + 0.2 * number for number, question in enumerate(QUESTIONS)}
+    old, new = evidence(spread), evidence({q: 1.04 * s for q, s in spread.items()}, draft="new")
+    assert new.summary["overall"]["speedup_ci"][0] < old.summary["overall"]["speedup"]
+    value, low, high = paired_interval(new, old)
+    assert value == pytest.approx(1.04) and low == pytest.approx(1.04) and high == pytest.approx(1.04)
+    assert decide(new, [old]).promote
+
+
+def test_better_here_and_worse_there_decides_nothing() -> None:
+    """Two questions, one twice and one half as fast: resamples with both the same give 2 and 1/2, mixed ones 1."""
+    old = evidence({"a": 2.0, "b": 4.0})
+    new = evidence({"a": 4.0, "b": 2.0}, draft="new")
+    assert paired_interval(new, old) == pytest.approx((1.0, 0.5, 2.0))
+    decision = decide(new, [old])
+    assert not decision.promote and "includes 1" in decision.sentences[-1]
+
+
+def test_ratio_of_sums_weighs_questions_by_their_time() -> None:
+    """Draft seconds 1/2 + 1/1.25 = 1.3 against 1/1.25 + 1/1.25 = 1.6 for the same tokens: 1.6 / 1.3."""
+    new, old = evidence({"a": 2.0, "b": 1.25}, draft="new"), evidence({"a": 1.25, "b": 1.25})
+    value, low, high = paired_interval(new, old)
+    assert value == pytest.approx(1.6 / 1.3)
+    assert (low, high) == pytest.approx((1.0, 1.6))
+
+
+def test_the_first_champion_must_pay() -> None:
+    assert decide(evidence(1.2), None).promote
+    slow = decide(evidence(0.9), None)
+    assert not slow.promote and "0.90 to 0.90, does not lie above 1" in slow.sentences[-1]
+    unsure = decide(evidence({"a": 0.8, "b": 1.5}), None)
+    assert not unsure.promote
+
+
+def test_a_lossy_draft_is_never_champion() -> None:
+    new = evidence(3.0, draft="new")
+    new.records[1].token_ids[5] = 99
+    lossy = Evidence(make_summary(new.records, draft="new"), new.records)
+    decision = decide(lossy, [evidence(1.1)])
+    assert not decision.promote and "differs from the target's own in 4.2% of the runs" in decision.sentences[-1]
+
+
+def test_one_question_and_a_length_of_one_are_shortcomings() -> None:
+    assert shortcomings(evidence({"a": 2.0})) == ["it was measured on one question, which gives no interval"]
+    broken = evidence(2.0)
+    broken.summary["overall"]["acceptance_length"] = 1.01
+    assert shortcomings(broken) == ["its acceptance length is 1.01: wrong weights or template"]
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"target": {"digest": "another", "dtype": "float32"}}, "other target (another then, target-digest now)"),
+        ({"target": {"digest": "target-digest", "dtype": "bfloat16"}}, "other dtype"),
+        ({"cpu": "Other CPU"}, "other machine (Other CPU, 2 threads, cpu then"),
+        ({"torch_threads": 4}, "other machine"),
+        ({"device": "H100"}, "other machine"),
+        ({"versions": {"torch": "2.12.0", "transformers": "5.23.0", "engine": "0123456789ab"}}, "other engine"),
+        ({"versions": {"torch": "2.13.0", "transformers": "5.23.0", "engine": "ba9876543210"}}, "other engine"),
+        ({"max_new_tokens": 64}, "other prompts or limits"),
+        ({"temperature": 1.0}, "other prompts or limits"),
+        ({"questions": {"questions": ["q0"]}}, "other prompts or limits"),
+    ],
+)
+def test_other_conditions_give_no_decision(changes: dict[str, Any], reason: str) -> None:
+    decision = decide(evidence(1.5, draft="new"), [evidence(1.2, **changes)])
+    text = " ".join(decision.sentences)
+    assert not decision.promote and "No decision" in text and reason in text
+    # The champion's older benchmark under the same conditions will do.
+    assert decide(evidence(1.5, draft="new"), [evidence(1.2, **changes), evidence(1.2)]).promote
+
+
+def test_other_prompts_and_other_answers_give_no_decision() -> None:
+    new, old = evidence(1.5, draft="new"), evidence(1.2)
+    old.records[:] = [record for record in old.records if record.question_id != "q3"]
+    assert differences(new, old) == ["1 of 8 prompts are not in both"]
+    old = evidence(1.2)
+    for record in old.records:
+        record.token_ids[-1] = 77
+    assert "the target alone answers otherwise now" in differences(new, old)[0]
+
+
+def test_engines_of_unknown_code_are_not_taken_for_equal() -> None:
+    versions = {"torch": "2.13.0", "transformers": "5.23.0"}
+    new, old = evidence(1.5, draft="new", versions=versions), evidence(1.2, versions=versions)
+    assert "before the engine's code was recorded" in differences(new, old)[0]
+
+
+def test_a_champion_without_records_gives_no_decision() -> None:
+    decision = decide(evidence(1.5), [])
+    assert not decision.promote and "no benchmark with records of it" in decision.sentences[-2]
+
+
+def test_other_numbers_of_repeats_and_drafted_tokens_compare() -> None:
+    new, old = evidence(1.5, draft="new"), evidence(1.25)
+    records = make_records(dict.fromkeys(QUESTIONS, 1.5), repeats=5)
+    summary = {**make_summary(records, draft="new"), "num_speculative_tokens": 4}
+    assert paired_interval(Evidence(summary, records), old) == pytest.approx(paired_interval(new, old))
+    assert decide(Evidence(summary, records), [old]).promote

@@ -1,0 +1,94 @@
+"""Which MLflow store is used, and what one that does not answer costs."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from specflow import tracking, tracking_store
+from specflow.config import Params
+from specflow.errors import UserError
+from specflow.paths import Paths
+
+LIMIT_S = 20.0
+"""An unreachable server must cost seconds; MLflow's own limits make it minutes."""
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A port that takes connections and never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(16)
+        yield listener.getsockname()[1]
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_the_projects_file_unless_the_environment_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking_store.tracking_uri(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking_store.where_to_look(tmp_path) == "mlflow ui --backend-store-uri sqlite:///mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")  # of the project, wherever a stage runs
+    assert tracking_store.tracking_uri(tmp_path) == f"sqlite:///{tmp_path}/other.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////srv/team.db")
+    assert tracking_store.tracking_uri(tmp_path) == "sqlite:////srv/team.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@runs.example.org/mlflow")
+    assert tracking_store.tracking_uri(tmp_path) == "https://me:secret@runs.example.org/mlflow"
+    assert tracking_store.where_to_look(tmp_path) == "https://runs.example.org/mlflow"
+
+
+@pytest.mark.parametrize("kind", ["closed", "silent"])
+def test_an_unreachable_server_costs_one_warning_and_seconds(
+    project: Path,
+    params: Params,
+    paths: Paths,
+    monkeypatch: pytest.MonkeyPatch,
+    mlflow_warnings: list[str],
+    free_port: int,
+    silent_port: int,
+    kind: str,
+) -> None:
+    port = free_port if kind == "closed" else silent_port
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    for name in tracking_store.FIRST_CONTACT:
+        monkeypatch.setenv(name, "unset")  # so that both are as before after the test
+        monkeypatch.delenv(name)
+    began = time.monotonic()
+    with tracking.stage_run("vocab", "tiny", params, paths) as run:
+        run.log({"x": 1.0}, 1)
+        run.finish({"x": 1.0})
+    assert time.monotonic() - began < LIMIT_S
+    assert len(mlflow_warnings) == 1 and f"127.0.0.1:{port} cannot be used" in mlflow_warnings[0]
+    assert not Path(tracking_store.STORE).exists()
+
+
+def test_where_a_store_is_needed_an_unreachable_one_is_an_error(
+    project: Path, params: Params, paths: Paths, monkeypatch: pytest.MonkeyPatch, free_port: int
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{free_port}")
+    with pytest.raises(UserError, match="start it, or unset MLFLOW_TRACKING_URI") as caught:
+        tracking.sync("tiny", params, paths)
+    assert "secret" not in str(caught.value)
+
+
+def test_the_users_own_limits_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free_port: int) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    with pytest.raises(UserError):
+        tracking_store.open_store(tmp_path)
+    import os
+
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1" and os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "3"
