@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ def sha256_file(path: Path) -> str:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` (a file or folder to create) that takes its name only on success."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")  # nodes may share the folder
     remove(temporary)
     try:
         yield temporary
@@ -99,6 +100,14 @@ def read_jsonl(path: Path, *, what: str = "file", made_by: str | None = None) ->
     return rows
 
 
+def read_rows(path: Path, key: str) -> dict[str, Any]:
+    """Finished rows by id of a `RowLog` file, which another process may be writing; none of another key."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    if not lines or json.loads(lines[0]) != {"key": key}:
+        return {}
+    return {row["id"]: row for row in map(json.loads, lines[1:])}
+
+
 class RowLog:
     """Append-only jsonl of finished rows keyed by `id`: what a killed stage had finished is still there.
 
@@ -108,11 +117,8 @@ class RowLog:
 
     def __init__(self, path: Path, key: str) -> None:
         self.path = path
-        self.rows: dict[str, Any] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        if lines and json.loads(lines[0]) == {"key": key}:
-            self.rows = {row["id"]: row for row in map(json.loads, lines[1:])}
+        self.rows = read_rows(path, key)
         with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
             for value in [{"key": key}, *self.rows.values()]:
                 stream.write(json.dumps(value, ensure_ascii=False) + "\n")

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from specflow import remote_store
 from specflow.errors import UserError
 from specflow.files import atomic_path, read_json, sha256_file, sha256_json, write_json
 
@@ -59,12 +60,16 @@ class Manifest(_Record):
     tokenizer_digest: str
     template_digest: str
     samples_digest: str
+    engine: str = "transformers"
+    """What ran the target, with its version."""
     aux_layer_ids: list[int]
     layer_id_convention: str = LAYER_ID_CONVENTION
     dtype: str
     hidden_size: int
     folder: str
     """Folder of the shards, relative to the manifest's own."""
+    store: str | None = None
+    """URL of the folder that has the shards; `folder` is then a cache of them."""
     shards: list[ShardInfo]
     rows: list[RowInfo]
 
@@ -113,6 +118,12 @@ class HiddenStateStore:
 
     def _check_shard(self, shard: ShardInfo, verify: bool) -> None:
         path = self.folder / shard.file
+        if not path.exists() and self.manifest.store is not None:
+            if verify:
+                self._fetch(shard)
+            elif remote_store.size(self.manifest.store, shard.file) != shard.bytes:
+                raise UserError(f"{self.manifest.store}/{shard.file} is missing or cut off: {self._fix}")
+            return
         if not path.exists():
             raise UserError(f"hidden-state shard {path} is missing: {self._fix}")
         if (size := path.stat().st_size) != shard.bytes:
@@ -122,6 +133,10 @@ class HiddenStateStore:
                 f"hidden-state shard {path} is corrupted: sha256 {digest[:12]}, the manifest says "
                 f"{shard.sha256[:12]}: {self._fix}"
             )
+
+    def _fetch(self, shard: ShardInfo) -> None:
+        assert self.manifest.store is not None, "only a shard of a shared store can be fetched"
+        remote_store.fetch(self.manifest.store, self.folder / shard.file, shard.sha256)
 
     def rows(self, split: str | None = None) -> list[RowInfo]:
         return [row for row in self.manifest.rows if split in (None, row.split)]
@@ -145,7 +160,10 @@ class HiddenStateStore:
 
     def _shard(self, number: int) -> Any:
         if number not in self._handles:
-            path = self.folder / self.manifest.shards[number].file
+            shard = self.manifest.shards[number]
+            path = self.folder / shard.file
+            if not path.exists() and self.manifest.store is not None:
+                self._fetch(shard)
             self._handles[number] = safe_open(path, framework="pt")
         return self._handles[number]
 
@@ -180,6 +198,8 @@ class PlannedShard:
     number: int
     rows: tuple[RowInfo, ...]
     key: str
+    store: str | None = None
+    """URL of the folder that the file is moved to; only its record stays. None: the file stays."""
 
     @property
     def file(self) -> str:
@@ -193,16 +213,21 @@ class PlannedShard:
     def _plan_digest(self) -> str:
         return sha256_json([self.key, [row.model_dump() for row in self.rows]])
 
-    def finished(self, folder: Path) -> ShardInfo | None:
-        """The shard as an earlier run left it, None where it is absent, damaged or of another plan."""
+    def finished(self, folder: Path, *, verify: bool = True) -> ShardInfo | None:
+        """The shard as an earlier run left it, None where it is absent, of another plan, or damaged: by its digest, or
+        without `verify`, and in a shared store, by its size alone.
+        """
         path, sidecar = folder / self.file, folder / f"{self.file}.json"
-        if not (path.exists() and sidecar.exists()):
+        if not sidecar.exists() or not (path.exists() or self.store):
             return None
         record = read_json(sidecar, what="shard record", made_by="dvc repro -f extract@<family>")
         if record["plan"] != self._plan_digest:
             return None
         info = ShardInfo.model_validate(record["shard"])
-        return info if sha256_file(path) == info.sha256 else None
+        if self.store is not None:
+            return info if remote_store.size(self.store, self.file) == info.bytes else None
+        whole = sha256_file(path) == info.sha256 if verify else path.stat().st_size == info.bytes
+        return info if whole else None
 
     def write(self, folder: Path, tensors: dict[str, Tensor]) -> ShardInfo:
         """Write the shard, then its sidecar: a shard without sidecar was not finished."""
@@ -213,6 +238,9 @@ class PlannedShard:
                 os.fsync(stream.fileno())
             digest, size = sha256_file(temporary), temporary.stat().st_size
         info = ShardInfo(file=self.file, sha256=digest, rows=len(self.rows), tokens=self.num_tokens, bytes=size)
+        if self.store is not None:
+            remote_store.upload(folder / self.file, self.store)
+            (folder / self.file).unlink()
         write_json(folder / f"{self.file}.json", {"plan": self._plan_digest, "shard": info.model_dump()})
         return info
 

@@ -10,19 +10,18 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+import transformers
 from tqdm import tqdm
 
 from specflow.errors import UserError
 from specflow.files import read_jsonl, sha256_file, sha256_json, write_json
 from specflow.hidden_states import (
-    LAYER_ID_CONVENTION,
     Captured,
     Manifest,
     PlannedShard,
@@ -31,9 +30,10 @@ from specflow.hidden_states import (
     ShardWriter,
     bytes_per_token,
 )
-from specflow.targets.attention import optimise_for_inference
-from specflow.targets.cached import capture_hooks
-from specflow.targets.model import TargetFacts, decoder_of, load_model, read_facts
+from specflow.shares import WHOLE, Share
+from specflow.targets import vllm_capture
+from specflow.targets.capture import SampleRow, StateCapture, plan_batches, resolve_aux_layer_ids, select_rows
+from specflow.targets.model import TargetFacts, load_model, read_facts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,120 +48,158 @@ DISK_MARGIN = 0.95
 """Share of the free space that a store may take."""
 
 
-def run(name: str, family: Family, params: Params, paths: Paths, log: Log) -> dict[str, float]:
-    """Capture both splits and write the manifest; shards that an earlier run finished are kept."""
-    facts, settings = read_facts(paths.target), family.extract
-    aux_layer_ids = resolve_aux_layer_ids(facts, settings)
-    files = {split: paths.samples / f"{split}.jsonl" for split in SPLITS}
-    made_by = f"dvc repro sample@{name}"
-    samples = {split: read_jsonl(file, what="samples", made_by=made_by) for split, file in files.items()}
-    samples_digest = sha256_json({split: sha256_file(file) for split, file in files.items()})
-    key = _store_key(facts, settings, aux_layer_ids, samples_digest)
-    kept, counts = select_rows(samples, settings)
-    if not kept:
-        raise UserError(f"extract: none of {counts['rows']} sample rows has a supervised token: run `{made_by}` again")
-    token_bytes = bytes_per_token(facts.hidden_size, len(aux_layer_ids), settings.dtype)
-    shards = plan_shards(kept, max(settings.shard_bytes // token_bytes, 1), key)
-    folder = paths.state / "hidden_states" / key
-    folder.mkdir(parents=True, exist_ok=True)
-    done = {s.number: info for s in shards if (info := s.finished(folder)) is not None}
-    missing = [shard for shard in shards if shard.number not in done]
-    num_tokens = sum(shard.num_tokens for shard in shards)
-    missing_tokens = sum(shard.num_tokens for shard in missing)
-    check_disk(folder, missing_tokens * token_bytes, num_tokens * token_bytes)
-    started = time.perf_counter()
-    if missing:
-        model = load_model(facts, paths.cache, device="cuda" if torch.cuda.is_available() else "cpu")
-        tokens_of = {row.info.id: row.token_ids for row in kept}
-        done |= capture(model, missing, tokens_of, folder, settings, aux_layer_ids)
-    elapsed_s = time.perf_counter() - started
+def run(name: str, family: Family, params: Params, paths: Paths, log: Log, share: Share = WHOLE) -> dict[str, float]:
+    """Capture both splits and write the manifest; shards that an earlier run or shares finished are kept."""
+    work = _Work.open(name, family, paths, params.store)
+    done = work.finished(share)
+    missing = [shard for shard in work.shards if shard.number not in done]
+    share.check_nothing_left("extract", sum(len(shard.rows) for shard in missing))
+    captured, tok_s = work.capture(missing)
+    done |= captured
     manifest = Manifest(
         family=name,
-        target_digest=facts.digest,
-        tokenizer_digest=facts.tokenizer_digest,
-        template_digest=facts.template_digest,
-        samples_digest=samples_digest,
-        aux_layer_ids=aux_layer_ids,
-        dtype=settings.dtype,
-        hidden_size=facts.hidden_size,
-        folder=os.path.relpath(folder, paths.manifest.parent),
-        shards=[done[shard.number] for shard in shards],
-        rows=[row for shard in shards for row in shard.rows],
+        target_digest=work.facts.digest,
+        tokenizer_digest=work.facts.tokenizer_digest,
+        template_digest=work.facts.template_digest,
+        samples_digest=work.samples_digest,
+        engine=work.engine,
+        aux_layer_ids=work.aux_layer_ids,
+        dtype=work.settings.dtype,
+        hidden_size=work.facts.hidden_size,
+        folder=os.path.relpath(work.folder, paths.manifest.parent),
+        store=work.shards[0].store,
+        shards=[done[shard.number] for shard in work.shards],
+        rows=[row for shard in work.shards for row in shard.rows],
     )
     write_json(paths.manifest, manifest.model_dump(mode="json"), indent=None)
     return {
-        **counts,
-        "captured_rows": len(kept),
-        "captured_tokens": num_tokens,
-        "shards": len(shards),
-        "resumed_shards": len(shards) - len(missing),
+        **work.counts,
+        "captured_rows": len(work.kept),
+        "captured_tokens": sum(shard.num_tokens for shard in work.shards),
+        "shards": len(work.shards),
+        "resumed_shards": len(work.shards) - len(missing),
         "bytes": sum(shard.bytes for shard in manifest.shards),
-        "tok_s": missing_tokens / elapsed_s if missing else 0.0,
+        "tok_s": tok_s,
     }
 
 
-def resolve_aux_layer_ids(facts: TargetFacts, settings: Extract) -> list[int]:
-    """Ascending layer ids to capture. Raises UserError for ids given twice, out of range, or none at all."""
-    given = facts.default_aux_layer_ids() if settings.aux_layer_ids is None else settings.aux_layer_ids
-    ids = sorted(set(given))
-    n = facts.num_hidden_layers
-    if not ids or len(ids) != len(given) or ids[-1] > n:
-        raise UserError(f"extract.aux_layer_ids is {given}: give distinct ids within 0..{n} ({LAYER_ID_CONVENTION})")
-    return ids
+def run_share(name: str, family: Family, params: Params, paths: Paths, share: Share) -> dict[str, float]:
+    """Capture the shard files of one share into the store; returns its speed.
+
+    A file is the unit because no batch crosses one: what is computed side by side, and with it every rounding, is the
+    same in however many processes.
+    """
+    work = _Work.open(name, family, paths, params.store)
+    done = work.finished(share)
+    own = [shard for shard in work.shards if share.owns(shard.number)]
+    _, tok_s = work.capture([shard for shard in own if shard.number not in done])
+    return {"tok_s": tok_s}
 
 
-def _store_key(facts: TargetFacts, settings: Extract, aux_layer_ids: list[int], samples_digest: str) -> str:
+@dataclass
+class _Work:
+    """Inputs of the stage and the plan of its store."""
+
+    name: str
+    family: Family
+    facts: TargetFacts
+    engine: str
+    """Name and version of what runs the target."""
+    settings: Extract
+    paths: Paths
+    samples_digest: str
+    aux_layer_ids: list[int]
+    kept: list[SampleRow]
+    counts: dict[str, float]
+    shards: list[PlannedShard]
+    folder: Path
+
+    @classmethod
+    def open(cls, name: str, family: Family, paths: Paths, store: str | None) -> _Work:
+        facts, settings = read_facts(paths.target), family.extract
+        aux_layer_ids = resolve_aux_layer_ids(facts, settings)
+        files = {split: paths.samples / f"{split}.jsonl" for split in SPLITS}
+        made_by = f"dvc repro sample@{name}"
+        samples = {split: read_jsonl(file, what="samples", made_by=made_by) for split, file in files.items()}
+        samples_digest = sha256_json({split: sha256_file(file) for split, file in files.items()})
+        engine = engine_name(family, paths)
+        flags = family.serve.extra_args if settings.engine == "vllm" else []  # may change what is computed
+        key = _store_key(facts, [engine, *flags], settings, aux_layer_ids, samples_digest)
+        kept, counts = select_rows(samples, settings)
+        if not kept:
+            raise UserError(
+                f"extract: none of {counts['rows']} sample rows has a supervised token: run `{made_by}` again"
+            )
+        token_bytes = bytes_per_token(facts.hidden_size, len(aux_layer_ids), settings.dtype)
+        url = None if store is None else f"{store.rstrip('/')}/{name}/{key}"
+        shards = plan_shards(kept, max(settings.shard_bytes // token_bytes, 1), key, url)
+        folder = paths.state / "hidden_states" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(
+            name, family, facts, engine, settings, paths, samples_digest, aux_layer_ids, kept, counts, shards, folder
+        )
+
+    def finished(self, share: Share) -> dict[int, ShardInfo]:
+        """Shards that are there, by number. Digests are checked by the process that would have to make them anew."""
+        found = {s.number: s.finished(self.folder, verify=share.owns(s.number)) for s in self.shards}
+        done = {number: info for number, info in found.items() if info is not None}
+        total = sum(shard.num_tokens for shard in self.shards)
+        left = total - sum(info.tokens for info in done.values())
+        token_bytes = bytes_per_token(self.facts.hidden_size, len(self.aux_layer_ids), self.settings.dtype)
+        if (store := self.shards[0].store) is None:
+            check_disk(self.folder, left * token_bytes, total * token_bytes)
+        else:
+            logger.info(
+                "extract: %.2f GB in %s, %.2f GB missing", total * token_bytes / 1e9, store, left * token_bytes / 1e9
+            )
+        return done
+
+    def capture(self, missing: Sequence[PlannedShard]) -> tuple[dict[int, ShardInfo], float]:
+        """Write `missing` shards; returns them by number, and tokens per second (0 where nothing was missing)."""
+        if not missing:
+            return {}, 0.0
+        started = time.perf_counter()
+        tokens_of = {row.info.id: row.token_ids for row in self.kept}
+        if self.settings.engine == "vllm":
+            done = vllm_capture.capture(
+                self.name,
+                self.family,
+                self.facts,
+                self.paths,
+                missing,
+                tokens_of,
+                self.folder,
+                self.aux_layer_ids,
+            )
+        else:
+            model = load_model(self.facts, self.paths.cache, device="cuda" if torch.cuda.is_available() else "cpu")
+            done = capture(model, missing, tokens_of, self.folder, self.settings, self.aux_layer_ids)
+        return done, sum(shard.num_tokens for shard in missing) / (time.perf_counter() - started)
+
+
+def engine_name(family: Family, paths: Paths) -> str:
+    """What runs the target, with its version. Raises UserError where it is not installed."""
+    if family.extract.engine == "vllm":
+        return vllm_capture.engine_name(family.serve, paths.cache)
+    return f"transformers {transformers.__version__}"
+
+
+def _store_key(
+    facts: TargetFacts, engine: list[str], settings: Extract, aux_layer_ids: list[int], samples_digest: str
+) -> str:
     identity = {
+        "engine": engine,
         "target": [facts.digest, facts.dtype],
         "tokenizer": facts.tokenizer_digest,
         "template": facts.template_digest,
         "samples": samples_digest,
         "aux_layer_ids": aux_layer_ids,
-        "settings": settings.model_dump(mode="json", exclude={"aux_layer_ids"}),
+        "settings": settings.model_dump(mode="json", exclude={"aux_layer_ids", "engine"}),
     }
     return sha256_json(identity)[:16]
 
 
-@dataclass(frozen=True)
-class SampleRow:
-    """A sample row that is to be captured; `info` has no place in a shard yet."""
-
-    info: RowInfo
-    token_ids: list[int]
-
-
-def select_rows(samples: dict[str, list[Any]], settings: Extract) -> tuple[list[SampleRow], dict[str, float]]:
-    """Rows to capture, by policy for long ones, and counts of what was cut, dropped or had nothing supervised."""
-    limit = settings.max_length_tokens
-    counts: dict[str, float] = {"rows": 0, "cut_rows": 0, "dropped_rows": 0, "unsupervised_rows": 0}
-    kept = []
-    for split, rows in samples.items():
-        for row in rows:
-            counts["rows"] += 1
-            token_ids = row["token_ids"]
-            if len(token_ids) > limit:
-                counts["cut_rows" if settings.on_too_long == "cut" else "dropped_rows"] += 1
-                if settings.on_too_long == "drop":
-                    continue
-            spans = [(start, min(end, limit)) for start, end in row["spans"] if start < min(end, limit)]
-            if not spans:
-                counts["unsupervised_rows"] += 1
-                continue
-            token_ids = token_ids[:limit]
-            info = RowInfo(
-                id=row["id"],
-                split=split,
-                category=row["category"],
-                shard=0,
-                offset=0,
-                length=len(token_ids),
-                spans=spans,
-            )
-            kept.append(SampleRow(info, token_ids))
-    return kept, counts
-
-
-def plan_shards(rows: Sequence[SampleRow], shard_tokens: int, key: str) -> list[PlannedShard]:
+def plan_shards(rows: Sequence[SampleRow], shard_tokens: int, key: str, store: str | None = None) -> list[PlannedShard]:
     """Give each row its place: sorted by length so that batches need little padding, shards of at most `shard_tokens`.
 
     A row longer than that has a shard of its own.
@@ -174,7 +212,7 @@ def plan_shards(rows: Sequence[SampleRow], shard_tokens: int, key: str) -> list[
             offset = 0
         shards[-1].append(row.info.model_copy(update={"shard": len(shards) - 1, "offset": offset}))
         offset += row.info.length
-    return [PlannedShard(number, tuple(infos), key) for number, infos in enumerate(shards)]
+    return [PlannedShard(number, tuple(infos), key, store) for number, infos in enumerate(shards)]
 
 
 def check_disk(folder: Path, missing_bytes: int, total_bytes: int) -> None:
@@ -192,15 +230,6 @@ def check_disk(folder: Path, missing_bytes: int, total_bytes: int) -> None:
             "free (5 % kept): free some, delete old stores there, or lower data.train_conversations or "
             "extract.max_length_tokens"
         )
-
-
-def plan_batches(rows: Sequence[RowInfo], batch_tokens: int) -> Iterator[Sequence[RowInfo]]:
-    """Consecutive rows, longest first, whose right-padded batch has at most `batch_tokens` tokens (or a single row)."""
-    start = 0
-    while start < len(rows):
-        size = max(batch_tokens // rows[start].length, 1)
-        yield rows[start : start + size]
-        start += size
 
 
 def capture(
@@ -223,48 +252,3 @@ def capture(
                 writer.put(Captured(shard, rows, *states_of([tokens_of[row.id] for row in rows])))
                 progress.update(sum(row.length for row in rows))
     return writer.done
-
-
-class StateCapture:
-    """Runs the target's decoder, without its head, and keeps the residual streams and the post-norm last state."""
-
-    def __init__(self, model: PreTrainedModel, aux_layer_ids: Sequence[int], dtype: torch.dtype) -> None:
-        """`dtype` is that of the states given back. The model is optimised for inference in place."""
-        self._decoder = decoder_of(optimise_for_inference(model))
-        self._aux: dict[int, Tensor] = {}
-        self._aux_layer_ids, self._dtype = list(aux_layer_ids), dtype
-        self._hooks = capture_hooks(self._decoder, aux_layer_ids, self._aux)
-
-    def __enter__(self) -> StateCapture:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    @torch.inference_mode()
-    def __call__(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """States of token lists, end to end without padding: ids int32 [N], aux [N, A * H], final [N, H], finite
-        bool [N].
-
-        One right-padded forward, so rows of similar length cost least; causal attention keeps the padding from the
-        tokens before it.
-        """
-        lengths = torch.tensor([len(row) for row in rows])
-        width = int(lengths.max())
-        padded = torch.zeros(len(rows), width, dtype=torch.int64)
-        for i, row in enumerate(rows):
-            padded[i, : len(row)] = torch.tensor(row)
-        real = (torch.arange(width) < lengths[:, None]).flatten().nonzero()[:, 0]
-        device = next(self._decoder.parameters()).device
-        final = self._decoder(input_ids=padded.to(device), use_cache=False).last_hidden_state
-        index = real.to(device)
-
-        def packed(states: Tensor) -> Tensor:
-            states = states.flatten(0, 1)
-            return (states if len(real) == len(states) else states[index]).to(self._dtype)
-
-        features = torch.cat([packed(self._aux[layer]) for layer in self._aux_layer_ids], dim=-1)
-        last = packed(final)
-        finite = torch.isfinite(features).all(-1) & torch.isfinite(last).all(-1)
-        return padded.flatten()[real].int(), features, last, finite

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import transformers
@@ -17,7 +18,9 @@ from tqdm import tqdm
 from specflow.data import template
 from specflow.errors import UserError
 from specflow.files import RowLog, read_jsonl, sha256_file, sha256_json, write_jsonl
-from specflow.targets import generation
+from specflow.shares import WHOLE, Share, delete_logs, open_log
+from specflow.targets import generation, served
+from specflow.targets.dialogue import Conversation, Turns
 from specflow.targets.model import TargetFacts, load_model, load_tokenizer, read_facts
 
 if TYPE_CHECKING:
@@ -28,36 +31,110 @@ if TYPE_CHECKING:
 SPLITS = ("train", "eval")
 
 
-def run(name: str, family: Family, params: Params, paths: Paths, log: Log) -> dict[str, float]:
-    """Write samples/{train,eval}.jsonl in the order of the prompts; what a killed run had finished is kept."""
-    facts = read_facts(paths.target)
-    tokenizer = load_tokenizer(facts, paths.cache)
-    made_by = f"dvc repro prepare@{name}"
-    files = {split: paths.prompts / f"{split}.jsonl" for split in SPLITS}
-    prompts = {split: read_jsonl(file, what="prompts", made_by=made_by) for split, file in files.items()}
-    split_of = _split_of(prompts, made_by)
-    limit = min(family.extract.max_length_tokens, facts.max_position_embeddings)
-    logs = {}
-    for split, file in files.items():
-        key = _resume_key(facts, family.sample, limit, sha256_file(file), split)
-        logs[split] = RowLog(paths.state / f"sample-{split}.jsonl", key)
-    resumed = sum(len(log.rows) for log in logs.values())
-    started = time.perf_counter()
-    generated = 0
-    with tqdm(total=len(split_of), initial=resumed, desc="sample", unit="conversation") as progress:
-        for done in _complete(family, facts, tokenizer, paths, prompts, logs, limit):
-            logs[split_of[done["id"]]].append(done)
-            generated += sum(_num_generated(row) for row in done["rows"])
-            progress.set_postfix_str(f"{generated / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
-            progress.update()
-    elapsed_s = time.perf_counter() - started
-    rows = {split: _in_order(prompts[split], logs[split]) for split in SPLITS}
+def run(name: str, family: Family, params: Params, paths: Paths, log: Log, share: Share = WHOLE) -> dict[str, float]:
+    """Write samples/{train,eval}.jsonl in the order of the prompts; what a killed run or shares finished is kept."""
+    work = _Work.open(name, family, paths, share)
+    resumed = sum(len(log.rows) for log in work.logs.values())
+    share.check_nothing_left("sample", len(work.split_of) - resumed)
+    tok_s = work.answer(family, share)
+    rows = {split: _in_order(work.prompts[split], work.logs[split]) for split in SPLITS}
     for split in SPLITS:
         write_jsonl(paths.samples / f"{split}.jsonl", rows[split])
     for split in SPLITS:
-        logs[split].close(delete=True)
-    metrics = _metrics(rows)
-    return {**metrics, "resumed_conversations": resumed, "tok_s": generated / elapsed_s if generated else 0.0}
+        work.logs[split].close()
+        delete_logs(paths.state, f"sample-{split}")
+    refused = sum(done.get("refused", 0) for log in work.logs.values() for done in log.rows.values())
+    return {**_metrics(rows), "refused_conversations": refused, "resumed_conversations": resumed, "tok_s": tok_s}
+
+
+def run_share(name: str, family: Family, params: Params, paths: Paths, share: Share) -> dict[str, float]:
+    """Answer the conversations of one share and leave them in its own logs; returns its speed."""
+    work = _Work.open(name, family, paths, share)
+    tok_s = work.answer(family, share)
+    for split in SPLITS:
+        work.logs[split].close()
+    return {"tok_s": tok_s}
+
+
+@dataclass
+class _Work:
+    """Inputs of the stage and what of it is done."""
+
+    name: str
+    facts: TargetFacts
+    tokenizer: Any
+    paths: Paths
+    prompts: dict[str, list[Any]]
+    split_of: dict[str, str]
+    limit: int
+    logs: dict[str, RowLog]
+    """By split: what this process appends to, and all that is finished."""
+
+    @classmethod
+    def open(cls, name: str, family: Family, paths: Paths, share: Share) -> _Work:
+        facts = read_facts(paths.target)
+        tokenizer = load_tokenizer(facts, paths.cache)
+        made_by = f"dvc repro prepare@{name}"
+        files = {split: paths.prompts / f"{split}.jsonl" for split in SPLITS}
+        prompts = {split: read_jsonl(file, what="prompts", made_by=made_by) for split, file in files.items()}
+        split_of = _split_of(prompts, made_by)
+        limit = min(family.extract.max_length_tokens, facts.max_position_embeddings)
+        logs = {}
+        for split, file in files.items():
+            key = _resume_key(facts, family, paths, limit, sha256_file(file), split)
+            logs[split] = open_log(paths.state, f"sample-{split}", key, share)
+        return cls(name, facts, tokenizer, paths, prompts, split_of, limit, logs)
+
+    def answer(self, family: Family, share: Share) -> float:
+        """Complete the conversations of `share` that no log has; returns generated tokens per second, 0 without any."""
+        everything = [(split, row) for split in SPLITS for row in self.prompts[split]]
+        own = [(split, row) for number, (split, row) in enumerate(everything) if share.owns(number)]
+        missing = [(split, row) for split, row in own if row["id"] not in self.logs[split].rows]
+        started, generated = time.perf_counter(), 0
+        with tqdm(total=len(own), initial=len(own) - len(missing), desc="sample", unit="conversation") as progress:
+            for done in self._complete(family, missing, "sample" if share.count <= 1 else f"sample-{share.name}"):
+                self.logs[self.split_of[done["id"]]].append(done)
+                generated += sum(_num_generated(row) for row in done["rows"])
+                progress.set_postfix_str(f"{generated / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
+                progress.update()
+        return generated / (time.perf_counter() - started) if generated else 0.0
+
+    def _complete(self, family: Family, missing: list[tuple[str, Any]], log_name: str) -> Iterator[dict[str, Any]]:
+        """{"id", "rows"} of every missing (split, conversation), both splits in one batch so that there is one tail."""
+        settings, facts = family.sample, self.facts
+        if not missing:
+            return
+        if settings.engine == "dataset":
+            completed = (_from_dataset(self.tokenizer, row, settings.seed) for _, row in missing)
+        else:
+            conversations = [_conversation(row, settings, split) for split, row in missing]
+            turns = Turns(
+                self.tokenizer,
+                facts.eos_token_ids,
+                max_new_tokens=settings.max_new_tokens,
+                max_length_tokens=self.limit,
+                keep_thinking=settings.keep_thinking,
+            )
+            if settings.engine in served.ENGINES:
+                yield from served.complete(
+                    conversations,
+                    family=family,
+                    name=self.name,
+                    paths=self.paths,
+                    facts=facts,
+                    turns=turns,
+                    log_name=log_name,
+                )
+                return
+            completed = generation.complete(
+                conversations,
+                model=load_model(facts, self.paths.cache, device=_device()),
+                turns=turns,
+                batch_size=settings.batch_size,
+            )
+        engine = _engine_name(settings)
+        for done in completed:
+            yield {"id": done["id"], "rows": [{**row, "engine": engine} for row in done["rows"]]}
 
 
 def _split_of(prompts: dict[str, list[Any]], made_by: str) -> dict[str, str]:
@@ -72,56 +149,28 @@ def _split_of(prompts: dict[str, list[Any]], made_by: str) -> dict[str, str]:
     return split_of
 
 
-def _resume_key(facts: TargetFacts, settings: Sample, limit: int, prompts_digest: str, split: str) -> str:
-    """Digest of what the rows depend on. The batch size is left out: a row does not depend on its neighbours."""
+def _resume_key(facts: TargetFacts, family: Family, paths: Paths, limit: int, prompts_digest: str, split: str) -> str:
+    """Digest of what the rows depend on. How many run side by side is left out: a row does not depend on others."""
+    settings = family.sample
+    served_by = {"served_by": served.identity(family, paths)} if settings.engine in served.ENGINES else {}
     return sha256_json(
         {
             "target": facts.digest,
             "tokenizer": facts.tokenizer_digest,
             "template": facts.template_digest,
             "eos": facts.eos_token_ids,
-            "settings": settings.model_dump(mode="json", exclude={"batch_size"}),
+            "settings": settings.model_dump(mode="json", exclude={"batch_size", "concurrency"}),
             "max_length_tokens": limit,
             "prompts": prompts_digest,
             "split": split,
             "engine": _engine_name(settings),
+            **served_by,
         }
     )
 
 
 def _engine_name(settings: Sample) -> str:
-    return f"transformers {transformers.__version__}" if settings.engine == "transformers" else "dataset"
-
-
-def _complete(
-    family: Family,
-    facts: TargetFacts,
-    tokenizer: Any,
-    paths: Paths,
-    prompts: dict[str, list[Any]],
-    logs: dict[str, RowLog],
-    limit: int,
-) -> Iterator[dict[str, Any]]:
-    """{"id", "rows"} of every conversation that no log has, both splits in one batch so that there is one tail."""
-    settings = family.sample
-    missing = [(split, row) for split in SPLITS for row in prompts[split] if row["id"] not in logs[split].rows]
-    if not missing:
-        return
-    if settings.engine == "dataset":
-        completed = (_from_dataset(tokenizer, row, settings.seed) for _, row in missing)
-    else:
-        completed = generation.complete(
-            [_conversation(row, settings, split) for split, row in missing],
-            model=load_model(facts, paths.cache, device=_device()),
-            tokenizer=tokenizer,
-            eos_token_ids=facts.eos_token_ids,
-            max_new_tokens=settings.max_new_tokens,
-            max_length_tokens=limit,
-            batch_size=settings.batch_size,
-        )
-    engine = _engine_name(settings)
-    for done in completed:
-        yield {"id": done["id"], "rows": [{**row, "engine": engine} for row in done["rows"]]}
+    return f"transformers {transformers.__version__}" if settings.engine == "transformers" else settings.engine
 
 
 def _device() -> str:
@@ -130,12 +179,12 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _conversation(row: dict[str, Any], settings: Sample, split: str) -> generation.Conversation:
+def _conversation(row: dict[str, Any], settings: Sample, split: str) -> Conversation:
     digest = hashlib.sha256(f"{settings.seed}:{row['id']}".encode()).digest()
     temperature = settings.eval_temperature
     if split == "train":
         temperature = settings.temperatures[int.from_bytes(digest[:8], "big") % len(settings.temperatures)]
-    return generation.Conversation(row["id"], row["category"], row["messages"], temperature, settings.seed)
+    return Conversation(row["id"], row["category"], row["messages"], temperature, settings.seed)
 
 
 def _from_dataset(tokenizer: Any, row: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -173,6 +222,7 @@ def _metrics(rows: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
     turns = [turn for row in everything for turn in row["turns"]]
     if not everything:
         raise UserError("sample: no conversation has an answer: check data.sources, or use sample.engine: transformers")
+    retokenised = [turn["round_trip"] for turn in turns if "round_trip" in turn]
     return {
         "rows": len(everything),
         "train_rows": len(rows["train"]),
@@ -182,4 +232,6 @@ def _metrics(rows: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
         "train_generated_tokens": sum(map(_num_generated, rows["train"])),
         "prompt_tokens": sum(len(row["token_ids"]) for row in everything) - generated,
         "finished_by_length": sum(turn["finish_reason"] == "length" for turn in turns),
+        "retokenised_turns": len(retokenised),
+        "round_trip_differs": retokenised.count("differs"),
     }

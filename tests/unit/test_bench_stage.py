@@ -14,6 +14,7 @@ from specflow.errors import UserError
 from specflow.export.eagle3 import save_export
 from specflow.files import write_json, write_jsonl
 from specflow.paths import Paths
+from specflow.shares import MERGE, Share
 from specflow.targets.fetch import read_checkpoint
 from tests.toys import make_project_inputs, tiny_params
 
@@ -133,3 +134,50 @@ def test_too_few_held_out_prompts_to_tune_on(project: Project, tmp_path: Path) -
     write_jsonl(Paths(tmp_path, "tiny", paths.cache).prompts / "eval.jsonl", [])
     with pytest.raises(UserError, match="too few to choose num_speculative_tokens on"):
         stage.load_questions(params.families["tiny"].bench, params, Paths(tmp_path, "tiny", paths.cache))
+
+
+TIMES = {"prefill_s", "draft_s", "verify_s", "decode_s"}
+
+
+def records_without_times(project: Project) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (project[1].bench / "records.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def test_shares_put_together_are_the_same_records(project: Project) -> None:
+    params, paths = project
+    changes = {"sweep": [2], "seed": 11}
+    run(project, **changes)
+    whole = records_without_times(project)
+    family = params.families["tiny"]
+    family = family.model_copy(update={"bench": family.bench.model_copy(update=changes)})
+    args = ("tiny", family, params, paths)
+    with pytest.raises(UserError, match="2 rows are missing"):  # neither stock generate() nor K
+        stage.run_share(*args, Share(1, 3))
+    stage.run_first(*args, Share(0, 3))
+    for index in (1, 0):
+        stage.run_share(*args, Share(index, 3))
+    log = lambda values, step: None  # noqa: E731
+    with pytest.raises(UserError, match="rows are missing although every share is done"):
+        stage.run(*args, log, MERGE)
+    stage.run_share(*args, Share(2, 3))
+    metrics = stage.run(*args, log, MERGE)
+    assert records_without_times(project) == whole
+    summary = json.loads((paths.bench / "summary.json").read_text())
+    assert summary["overall"]["lossless"] is True and summary["identity"]["device"] == "cpu"
+    assert metrics["num_speculative_tokens"] == 2 and metrics["stock_generate_tok_s"] > 0
+    assert not list(paths.state.glob("bench*.jsonl"))
+
+
+def test_shares_of_different_machines_are_not_mixed(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    params, paths = project
+    changes = {"num_speculative_tokens": 1, "stock_generate": False, "seed": 12}
+    family = params.families["tiny"]
+    family = family.model_copy(update={"bench": family.bench.model_copy(update=changes)})
+    args = ("tiny", family, params, paths)
+    stage.run_share(*args, Share(0, 2))
+    known = stage.identity
+    monkeypatch.setattr(stage, "identity", lambda *a: {**known(*a), "device": "another GPU"})
+    stage.run_share(*args, Share(1, 2))
+    with pytest.raises(UserError, match="shares of 2 kinds of machine"):
+        stage.run(*args, lambda values, step: None, MERGE)

@@ -9,6 +9,7 @@ import torch
 
 from specflow.errors import UserError
 from specflow.hidden_states import Expected, HiddenStateStore
+from specflow.shares import MERGE, Share
 from specflow.targets import extract
 from specflow.targets.model import load_model
 from tests.captures import tiny_project, write_split
@@ -180,3 +181,23 @@ def test_nothing_to_capture(tmp_path, target):
     row = {"id": "a", "category": "x", "token_ids": [3, 4, 5], "spans": []}
     with pytest.raises(UserError, match="none of 1 sample rows has a supervised token"):
         make_project(tmp_path, target, [row], []).run(extract)
+
+
+def test_shares_put_together_are_byte_identical(tmp_path, target):
+    """Batches that cross no shard file make the layout, and so every rounding, the same in however many processes."""
+    settings = {"shard_bytes": 60_000, "dtype": "bfloat16"}
+    whole, split = (make_project(tmp_path / name, target, **settings) for name in ("whole", "split"))
+    expected = whole.run(extract)
+    args = ("tiny", split.family, split.params, split.paths)
+    extract.run_share(*args, Share(1, 2))
+    log = lambda values, step: None  # noqa: E731
+    with pytest.raises(UserError, match="rows are missing although every share is done"):
+        extract.run(*args, log, MERGE)
+    assert not split.paths.manifest.exists()
+    extract.run_share(*args, Share(0, 2))
+    merged = extract.run(*args, log, MERGE)
+    assert merged["resumed_shards"] == merged["shards"] == expected["shards"] > 2
+    assert split.paths.manifest.read_bytes() == whole.paths.manifest.read_bytes()
+    for shard in open_store(split).manifest.shards:
+        one, other = (open_store(project).folder / shard.file for project in (whole, split))
+        assert one.read_bytes() == other.read_bytes()

@@ -10,7 +10,9 @@ from scipy import stats
 
 from specflow.data import template
 from specflow.errors import UserError
-from specflow.targets import generation, sampling
+from specflow.files import read_jsonl
+from specflow.shares import MERGE, Share
+from specflow.targets import dialogue, generation, sampling
 from specflow.targets.model import load_model, load_tokenizer
 from tests.captures import tiny_project, write_split
 from tests.toys import WORDS, make_tiny_target
@@ -91,10 +93,9 @@ def complete(project, conversations, batch_size=4, max_new_tokens=12):
     done = generation.complete(
         conversations,
         model=load_model(facts, cache),
-        tokenizer=load_tokenizer(facts, cache),
-        eos_token_ids=facts.eos_token_ids,
-        max_new_tokens=max_new_tokens,
-        max_length_tokens=400,
+        turns=dialogue.Turns(
+            load_tokenizer(facts, cache), facts.eos_token_ids, max_new_tokens=max_new_tokens, max_length_tokens=400
+        ),
         batch_size=batch_size,
     )
     return {item["id"]: item["rows"] for item in done}
@@ -162,13 +163,22 @@ def test_a_draw_does_not_depend_on_the_batch_and_differs_by_seed(tmp_path, targe
 
 def test_draw_follows_the_softmax_at_its_temperature():
     logits, count = torch.tensor([2.0, 0.0, -1.0, 1.0, -torch.inf]), 20_000
-    uniforms = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).tolist()
-    drawn = generation.draw(logits.expand(count, -1), [0.7] * count, uniforms).bincount(minlength=5)
+    noise = torch.empty(count, 5).exponential_(generator=torch.Generator().manual_seed(0))
+    drawn = generation.draw(logits.expand(count, -1), [0.7] * count, noise).bincount(minlength=5)
     expected = (logits / 0.7).softmax(0) * count
     assert drawn[4] == 0
     assert stats.chisquare(drawn[:4].double().numpy(), expected[:4].double().numpy(), sum_check=False).pvalue > 1e-3
-    assert generation.draw(logits[None], [1.0], [0.0]).item() == 0
-    assert generation.draw(logits[None], [1.0], [1 - 2**-53]).item() == 3
+    assert generation.draw(logits[None], [1.0], torch.tensor([[9.0, 1.0, 0.1, 9.0, 1e-9]])).item() == 2
+
+
+def test_a_draw_is_indifferent_to_rounding():
+    """What differs between batches is the last bits of the logits; inverting a cumulative sum turned 1 draw in 1000."""
+    stream = torch.Generator().manual_seed(0)
+    logits = torch.randn(400, 20_000, generator=stream) * 3
+    noise = torch.empty_like(logits).exponential_(generator=stream)
+    rounded = logits * (1 + 1e-7 * torch.randn(logits.shape, generator=stream))
+    temperatures = [0.8] * len(logits)
+    assert torch.equal(generation.draw(logits, temperatures, noise), generation.draw(rounded, temperatures, noise))
 
 
 def test_temperature_is_drawn_by_id_and_eval_has_its_own(tmp_path, target):
@@ -282,10 +292,50 @@ def test_logits_that_are_not_finite_name_the_row(tmp_path, target):
             generation.complete(
                 [generation.Conversation("bad", "x", messages, 0.0, 0)],
                 model=model,
-                tokenizer=tokenizer,
-                eos_token_ids=[2],
-                max_new_tokens=4,
-                max_length_tokens=100,
+                turns=dialogue.Turns(tokenizer, [2], max_new_tokens=4, max_length_tokens=100),
                 batch_size=1,
             )
         )
+
+
+def run_share(project, stage, index, count):
+    return stage.run_share("tiny", project.family, project.params, project.paths, Share(index, count))
+
+
+def run_merge(project, stage):
+    return stage.run("tiny", project.family, project.params, project.paths, lambda values, step: None, MERGE)
+
+
+def test_shares_put_together_equal_one_process(tmp_path, target):
+    prompts = make_prompts(17, seed=3)
+    sample = {"temperatures": [0.0, 0.9], "batch_size": 3}
+    whole, split = (tiny_project(tmp_path / name, target, sample=sample) for name in ("whole", "split"))
+    for project in (whole, split):
+        write_split(project.paths.prompts, prompts[:12], prompts[12:])
+    expected = whole.run(sampling)
+    for index in (2, 0, 1):
+        run_share(split, sampling, index, 3)
+    logs = sorted(path.name for path in split.paths.state.glob("sample-train*.jsonl"))
+    assert logs == [f"sample-train.share-{index}.jsonl" for index in range(3)]
+    merged = run_merge(split, sampling)
+    for name in ("train", "eval"):
+        one, other = (project.paths.samples / f"{name}.jsonl" for project in (whole, split))
+        assert one.read_bytes() == other.read_bytes()
+    apart = ("tok_s", "resumed_conversations")
+    assert {k: v for k, v in merged.items() if k not in apart} == {k: v for k, v in expected.items() if k not in apart}
+    assert merged["resumed_conversations"] == 17 and not list(split.paths.state.glob("sample-*"))
+
+
+def test_shares_that_stopped_are_gone_on_with_in_any_number(tmp_path, target):
+    project = tiny_project(tmp_path, target)
+    prompts = make_prompts(9, seed=6)
+    write_split(project.paths.prompts, prompts, [])
+    run_share(project, sampling, 1, 4)  # rows 1 and 5
+    with pytest.raises(UserError, match="7 rows are missing although every share is done"):
+        run_merge(project, sampling)
+    assert not (project.paths.samples / "train.jsonl").exists()
+    run_share(project, sampling, 0, 2)  # rows 0, 2, 4, 6, 8
+    taken = [len(read_jsonl(path)) - 1 for path in sorted(project.paths.state.glob("sample-train.share-*.jsonl"))]
+    assert taken == [5, 2]
+    assert project.run(sampling)["resumed_conversations"] == 7
+    assert [row["id"] for row in read(project.paths)] == [prompt["id"] for prompt in prompts]
