@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,31 @@ def init_project(root: Path, params_path: Path) -> list[str]:
     for key, value in DVC_SETTINGS.items():
         if f"{key.partition('.')[2]} = {value}" not in config:
             _run([dvc, "config", key, value], root)
-    from specflow import tracking
+    from specflow import tracking_store
 
-    client = tracking.open_store(root)
+    client = tracking_store.open_store(root)
     names = listed_families(params)
     for name in names:
-        tracking.ensure_experiment(client, name, root)
+        tracking_store.ensure_experiment(client, name, root)
     return [
         f"DVC: {root / '.dvc'}",
-        f"MLflow: {root / tracking.STORE}, experiments {', '.join(names) or 'none yet'}",
+        f"MLflow: {tracking_store.describe(root)}, experiments {', '.join(names) or 'none yet'}",
+        *_prefect_objects(root),
         "Next: dvc repro",
     ]
+
+
+def _prefect_objects(root: Path) -> list[str]:
+    """Work pool and GPU limit where a Prefect server answers, by a process of its own: only flows/ imports prefect."""
+    if not (root / "flows" / "setup.py").exists():
+        return []
+    command = [sys.executable, "-m", "flows.setup"]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=30)
+    except subprocess.TimeoutExpired:
+        return ["Prefect: the server did not answer within 30 s; run `specflow init` again"]
+    said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+    return [f"Prefect: {said[-1] if said else f'python -m flows.setup exited with {done.returncode}'}"]
 
 
 def _run(command: list[str], root: Path) -> None:
@@ -71,17 +86,22 @@ def results_text(params_path: Path) -> str:
         paths = family_paths(name, params)
         file = paths.bench / "summary.json"
         if file.exists():
-            blocks.append(_family_table(name, json.loads(file.read_text(encoding="utf-8"))))
+            blocks.append(family_table(name, json.loads(file.read_text(encoding="utf-8"))))
     if not blocks:
         raise UserError("no results yet: run `dvc repro` first")
     report = Paths(root=Path(), family="", cache=Path()).report / "report.html"
     where = [f"Report: {report}"] if report.exists() else ["Report: run `dvc repro report`"]
-    return "\n\n".join([*blocks, "\n".join([*where, "Runs:   mlflow ui --backend-store-uri sqlite:///mlflow.db"])])
+    from specflow.tracking_store import where_to_look
+
+    return "\n\n".join([*blocks, "\n".join([*where, f"Runs:   {where_to_look(Path())}"])])
 
 
-def _family_table(name: str, summary: dict[str, Any]) -> str:
+def family_table(name: str, summary: dict[str, Any]) -> str:
+    """The benchmark of one family, from its summary.json, as text in columns."""
+    from specflow.compare import table
+
     header = ["prompt set", "acceptance", "survival by position", "tok/s", "without", "speedup [95 % CI]", "lossless"]
-    rows = [header]
+    rows = []
     for set_name, result in summary["sets"].items():
         low, high = result["speedup_ci"]
         rows.append(
@@ -95,7 +115,5 @@ def _family_table(name: str, summary: dict[str, Any]) -> str:
                 {True: "yes", False: "NO", None: "sampled"}[result["lossless"]],
             ]
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     title = f"{name}, {summary['num_speculative_tokens']} drafted tokens a step"
-    return "\n".join([title, *table, summary["verdict"]])
+    return "\n".join([title, table(header, rows), summary["verdict"]])
