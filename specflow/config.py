@@ -7,6 +7,7 @@ Each field says its meaning, its unit and why the default is what it is.
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,8 @@ Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Seed = Annotated[int, Field(ge=0)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+"""Of a family: part of folder names, stage addresses and dotted parameter paths."""
 
 
 class Section(BaseModel):
@@ -44,6 +47,8 @@ class Target(Source):
     """Dtype that the target runs in when sampled, captured and benchmarked."""
     chat_template: str | None = None
     """Path of a Jinja file to use instead of the tokenizer's own template."""
+    template_options: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], bool | int | str] = {}
+    """Variables that the template reads, such as enable_thinking; the server must be asked with the same ones."""
     lm_head_key: str | None = None
     """Tensor name of the output head where it cannot be deduced."""
     trust_remote_code: bool = False
@@ -74,15 +79,24 @@ class Data(Section):
 
 
 class Sample(Section):
-    engine: Literal["transformers", "dataset"] = "transformers"
-    """`transformers`: the target answers every user turn. `dataset`: train on the data set's own answers."""
+    engine: Literal["transformers", "dataset", "vllm", "sglang", "openai"] = "transformers"
+    """`transformers`: the target answers every user turn, in this process. `vllm` and `sglang`: in a server, ours or
+    the one at serve.url. `openai`: in any other OpenAI-compatible server at serve.url. `dataset`: train on the data
+    set's own answers.
+    """
     temperatures: list[NonNegative] = Field(default=[0.0], min_length=1)
     """Each training conversation draws one of these; 0 is greedy. Recorded per row."""
     eval_temperature: NonNegative = 0.0
     max_new_tokens: Count = 512
     """Per turn."""
     batch_size: Count = 64
-    """Conversations decoded side by side."""
+    """Conversations decoded side by side (transformers)."""
+    concurrency: Count = 64
+    """Requests under way at a time, over all servers (vllm, sglang, openai)."""
+    keep_thinking: bool = False
+    """What a later turn sees of an earlier answer's thinking. False: what the template shows; where that drops it,
+    every turn becomes a row of its own. True: all of it, so that a conversation stays one row.
+    """
     seed: Seed = 0
 
 
@@ -91,6 +105,8 @@ class Vocab(Section):
 
 
 class Extract(Section):
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """`vllm`: a server of its own, started as `serve` says; the same states but for rounding. Offline families only."""
     aux_layer_ids: list[Annotated[int, Field(ge=0)]] | None = None
     """Residual streams to capture, counted from the embeddings = 0 (vLLM's numbering). Default (2, n//2, n-3)."""
     dtype: Dtype = "bfloat16"
@@ -115,10 +131,13 @@ class Train(Section):
     random.
     """
     init_from: str | None = None
-    """Folder of an exported EAGLE-3 draft to continue from."""
+    """Folder of an EAGLE-3 draft to continue from: exported by specflow, or by SpecForge, AngelSlim, speculators or
+    EAGLE's own trainer (export/imports.py).
+    """
     intermediate_size: Count | None = None
     """Width of the draft's MLP; default the target's."""
-    epochs: Count = 2
+    epochs: Annotated[int, Field(ge=0)] = 2
+    """Passes over the training conversations; 0 takes the draft of `init_from` as it is, vocabulary included."""
     batch_tokens: Count = 2048
     """Tokens of one packed micro-batch; no document is split, so it is at least the longest row."""
     accumulate: Count = 1
@@ -138,10 +157,51 @@ class Train(Section):
     """torch.compile the draft's layer (GPU)."""
     seed: Seed = 0
 
+    @model_validator(mode="after")
+    def _check(self) -> Train:
+        if self.epochs == 0 and self.init_from is None:
+            raise ValueError("train.epochs is 0, which takes the draft of train.init_from as it is: name one")
+        return self
+
 
 class Export(Section):
     num_speculative_tokens: Count = 3
     """Recommended K written where a serving format has room for it."""
+    speculators: bool = False
+    """Also write the draft in speculators' form, which names its target: `vllm serve <folder>` alone serves both."""
+    verifier: str | None = None
+    """Name or path of the target in that form; default the hub name of an hf: source, else the path in the cache."""
+
+
+class BenchServe(Section):
+    """The benchmark again through inference servers, target alone and target + draft, with the same prompts and K."""
+
+    engine: Literal["vllm", "sglang", "openai"] = "vllm"
+    """`openai`: any OpenAI-compatible server at the two URLs. It tells no acceptance, and where it sends no token ids
+    outputs are compared as text.
+    """
+    baseline_url: str | None = None
+    """Base URL of a server of the target alone that somebody else started; both URLs or neither. Without them two are
+    started in turn, by `serve`.
+    """
+    draft_url: str | None = None
+    """The same server build and flags with the exported draft."""
+    concurrency: list[Count] = Field(default=[1, 2, 4, 8, 16], min_length=1)
+    """Requests in flight at a time, ascending."""
+    num_prompts: Count | None = None
+    """Questions per set, taken evenly over the set; default those of the benchmark in process."""
+    repeats: Annotated[int, Field(ge=2)] = 2
+    """Blocks of each server at each concurrency, in the order A B B A."""
+
+    @model_validator(mode="after")
+    def _check(self) -> BenchServe:
+        if self.concurrency != sorted(set(self.concurrency)):
+            raise ValueError(f"concurrency {self.concurrency} must ascend")
+        if (self.baseline_url is None) != (self.draft_url is None):
+            raise ValueError("give baseline_url and draft_url, or neither: a benchmark takes two servers")
+        if self.engine == "openai" and self.draft_url is None:
+            raise ValueError("engine openai starts no server: give baseline_url and draft_url")
+        return self
 
 
 class Bench(Section):
@@ -164,7 +224,59 @@ class Bench(Section):
     """Also run n-gram drafting through the same verifier, as a reference row."""
     stock_generate: bool = True
     """Also time transformers' own generate() on some prompts, as a reference row."""
+    serve: BenchServe | None = None
+    """Also measure through inference servers; null: in process only."""
     seed: Seed = 0
+
+
+class Serve(Section):
+    """An inference server of this target: how one is started, or where one already runs."""
+
+    url: str | None = None
+    """Base URL of a server that somebody else started (http://host:port): used as it is and never stopped."""
+    model_name: str | None = None
+    """Name the server gives the target; default the family's."""
+    venv: str | None = None
+    """Virtual environment that has the engine (vllm or sglang); default SPECFLOW_VLLM_VENV or SPECFLOW_SGLANG_VENV,
+    then what `make vllm-cpu` built.
+    """
+    dtype: Dtype | None = None
+    """Default the target's."""
+    max_model_len: Count | None = None
+    """Context in tokens; default the target's own, which may need more memory than there is."""
+    tensor_parallel_size: Count = 1
+    data_parallel_size: Count = 1
+    gpu_memory_utilization: Fraction = 0.9
+    cpu_kv_cache_gib: Count = 1
+    """Memory for keys and values on a machine without a GPU."""
+    replicas: Count = 1
+    """Servers started side by side; requests go to the least busy."""
+    extra_args: list[str] = []
+    """Words appended to the engine's command line as they are."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key of `url`. The key itself is never written anywhere."""
+    start_timeout_s: Positive = 1800.0
+    request_timeout_s: Positive = 600.0
+    retokenise: bool = False
+    """Whether answers of a `url` that returns no token ids may be tokenised from their text. Off: the ids that come out
+    need not be the ones that were generated.
+    """
+
+
+STAGE_NAMES = ("fetch", "prepare", "sample", "vocab", "extract", "train_offline", "train_online", "export", "bench")
+"""Stages of one family, in the order in which the pipeline runs them."""
+
+
+class Resources(Section):
+    """What a stage of one family takes; a field that is null leaves dvc.yaml's `meta` as it is."""
+
+    gpus: Annotated[int, Field(ge=0)] | None = None
+    gpu_memory_gb: Positive | None = None
+    """Free memory that each GPU must have, in units of 1e9 bytes; without it only an unused GPU is taken."""
+    timeout_s: Positive | None = None
+    """Seconds after which a flow stops the stage."""
+    shards: Count | None = None
+    """Pieces by row that sample, extract and bench are split into."""
 
 
 class Family(Section):
@@ -178,9 +290,23 @@ class Family(Section):
     train: Train = Train()
     export: Export = Export()
     bench: Bench = Bench()
+    serve: Serve = Serve()
+    resources: dict[str, Resources] = {}
+    """By stage, what differs from `meta` in dvc.yaml. Makes no result stale."""
+    allow_cpu: bool = False
+    """Whether stages that ask for GPUs may run on the CPU of a machine without one. Off: a large target would run for
+    weeks before anybody noticed.
+    """
 
     @model_validator(mode="after")
     def _check(self) -> Family:
+        for stage in self.resources:
+            if stage not in STAGE_NAMES:
+                close = difflib.get_close_matches(stage, STAGE_NAMES, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"stages are {', '.join(STAGE_NAMES)}"
+                raise ValueError(f"resources has unknown stage {stage!r}: {hint}")
+        if self.sample.engine == "openai" and self.serve.url is None:
+            raise ValueError("sample.engine openai needs serve.url, the server to ask")
         if self.data.max_prompt_tokens >= self.extract.max_length_tokens:
             raise ValueError(
                 f"data.max_prompt_tokens ({self.data.max_prompt_tokens}) must be below "
@@ -194,6 +320,14 @@ class Params(Section):
 
     cache_dir: str = "~/.cache/specflow"
     """Downloads and dequantised targets, shared between projects."""
+    register_weights: bool = True
+    """Copy each newly trained draft into MLflow's artifact store, from where `models:/specflow-<family>@champion`
+    serves it to machines without this project; false registers it by its digests alone.
+    """
+    store: str | None = None
+    """Where hidden-state shards lie that several machines read: a URL that fsspec knows, such as s3://bucket/prefix.
+    Default: under .specflow/ of the project. Makes no result stale.
+    """
     prompt_sets: dict[str, Source] = {}
     """Benchmark questions by name: jsonl of `question_id, category, turns` (or HumanEval's layout)."""
     families: dict[str, Family] = Field(min_length=1)
@@ -204,12 +338,20 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Params:
+        if bad := [name for name in self.families if not _NAME.fullmatch(name)]:
+            raise ValueError(f"family name {bad[0]!r}: use letters, digits, - and _ (DVC reads a dot as a level)")
         listed = [*self.offline, *self.online]
         for name in listed:
             if name not in self.families:
                 raise ValueError(f"offline/online name {name!r}, which families lacks; it has {sorted(self.families)}")
         if twice := sorted({name for name in listed if listed.count(name) > 1}):
             raise ValueError(f"{twice} stand twice in offline and online: a family trains one way")
+        for name in self.online:
+            if (engine := self.families[name].extract.engine) != "transformers":
+                raise ValueError(
+                    f"families.{name}.extract.engine is {engine}, but {name} trains online, where transformers runs in "
+                    "the training process: set transformers, or list the family in offline"
+                )
         for name, family in self.families.items():
             for prompt_set in family.bench.prompt_sets:
                 if prompt_set != "heldout" and prompt_set not in self.prompt_sets:

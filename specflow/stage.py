@@ -9,14 +9,18 @@ import importlib
 import logging
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from specflow import files
-from specflow.config import Params, load_params
-from specflow.errors import UserError
+from specflow import files, leases, sharding
+from specflow.config import Family, Params, load_params
+from specflow.errors import RetryableError, UserError
 from specflow.paths import Paths
+from specflow.resources import stage_resources
+from specflow.shares import Share
 
 STAGES = {
     "fetch": ("specflow.targets.fetch", "run"),
@@ -30,6 +34,15 @@ STAGES = {
     "bench": ("specflow.bench.stage", "run"),
 }
 """Stages of one family, in pipeline order; `report` is over all families."""
+
+OUT_OF_MEMORY = {
+    "sample": [("sample", "batch_size"), ("sample", "max_new_tokens")],
+    "extract": [("extract", "batch_tokens")],
+    "train_offline": [("train", "batch_tokens"), ("train", "ttt_steps")],
+    "train_online": [("train", "batch_tokens"), ("extract", "batch_tokens")],
+    "bench": [("bench", "max_new_tokens")],
+}
+"""Parameters that a stage's GPU memory grows with, the one to lower first in front."""
 
 THIRD_PARTY_LOGGERS = (
     "transformers",
@@ -48,22 +61,85 @@ logger = logging.getLogger("specflow")
 def run_stage(stage: str, name: str, params_path: Path, *, parent_run_id: str | None = None) -> dict[str, float]:
     """Run `stage` for family `name` in the current folder, under a tracked run; return its headline metrics.
 
-    Raises UserError for whatever the user can mend.
+    Its devices are leased first, so neither its time nor its record counts the wait for them. The metrics get
+    `seconds` and, where there were GPUs, their cost. Raises UserError for whatever the user can mend.
     """
     params, paths = load_project(params_path, name)
     family = params.family(name)
     check_listed(stage, name, params)
     configure_logging()
-    from specflow import tracking
+    resources = sharding.split(stage, name, stage_resources(paths.root, stage, family))
+    with leases.lease(sharding.own_devices(resources), f"{stage}@{name}", allow_cpu=family.allow_cpu) as lease:
+        from specflow import tracking
 
-    run_function = _load(*STAGES[stage])
-    with tracking.stage_run(stage, name, params, paths, parent_run_id=parent_run_id) as run:
-        started = time.perf_counter()
-        metrics: dict[str, float] = run_function(name, family, params, paths, run.log)
-        files.write_json(paths.metrics(stage), metrics)
-        run.finish(metrics)
-    logger.info("%s@%s done in %.1f s", stage, name, time.perf_counter() - started)
+        run_function = _load(*STAGES[stage])
+        if resources.shards > 1:
+            run_function = sharding.over_shares(stage, run_function, params_path, resources)
+        with tracking.stage_run(stage, name, params, paths, parent_run_id=parent_run_id) as run:
+            started = time.perf_counter()
+            with _out_of_memory_explained(stage, name, family, lease):
+                metrics: dict[str, float] = run_function(name, family, params, paths, run.log)
+            metrics = {**metrics, **lease.cost()}
+            metrics.setdefault("seconds", time.perf_counter() - started)
+            files.write_json(paths.metrics(stage), metrics)
+            run.finish(metrics)
+    logger.info("%s@%s done in %.1f s", stage, name, metrics["seconds"])
     return metrics
+
+
+def run_share(stage: str, name: str, params_path: Path, share: Share, *, first: bool = False) -> dict[str, float]:
+    """Do the rows of one share, or with `first` what is measured before them, and leave them in the resume state.
+
+    Leases devices as the stage itself does. Returns rates and costs; no output, metrics file or tracked run is written.
+    """
+    params, paths = load_project(params_path, name)
+    family = params.family(name)
+    check_listed(stage, name, params)
+    configure_logging()
+    resources = stage_resources(paths.root, stage, family)
+    with leases.lease(resources, f"{stage}@{name}", allow_cpu=family.allow_cpu) as lease:
+        run_function = _load(STAGES[stage][0], "run_first" if first else "run_share")
+        started = time.perf_counter()
+        with _out_of_memory_explained(stage, name, family, lease):
+            result: dict[str, float] = run_function(name, family, params, paths, share)
+        result = {**result, **lease.cost()}
+    done = "what comes first" if first else f"{share.name} of {share.count}"
+    logger.info("%s@%s: %s done in %.1f s", stage, name, done, time.perf_counter() - started)
+    return result
+
+
+@contextmanager
+def _out_of_memory_explained(stage: str, name: str, family: Family, lease: leases.Lease) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        raise explain_out_of_memory(stage, name, family, lease.strangers()) from None
+
+
+def explain_out_of_memory(stage: str, name: str, family: Family, strangers: list[str]) -> UserError:
+    """A GPU's memory ran out: a later try may do where somebody else is on it, otherwise the request is too large."""
+    if strangers:
+        return RetryableError(
+            f"{stage}@{name} ran out of GPU memory, which {' and '.join(strangers)} uses too: try again later, or set "
+            f"families.{name}.resources.{stage}.gpu_memory_gb to what the stage needs"
+        )
+    ways = [
+        f"lower families.{name}.{section}.{key} (now {getattr(getattr(family, section), key)})"
+        for section, key in OUT_OF_MEMORY.get(stage, ())
+    ]
+    ways.append(f"choose GPUs with more by families.{name}.resources.{stage}.gpu_memory_gb")
+    return UserError(f"{stage}@{name} ran out of GPU memory, and nobody else uses the GPU: {', or '.join(ways)}")
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """torch's own error, or CUDA's where even a context or a cuBLAS workspace found no room."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    )
 
 
 def run_report(params_path: Path, *, parent_run_id: str | None = None) -> None:

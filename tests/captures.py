@@ -40,7 +40,7 @@ class TinyProject:
     def run(self, stage: Any) -> dict[str, float]:
         return stage.run("tiny", self.family, self.params, self.paths, lambda values, step: None)
 
-    def run_killed(self, module: str, patch: str) -> None:
+    def run_killed(self, module: str, patch: str, timeout_s: float = 120) -> None:
         """Run a stage in a process of its own that `patch` (Python code) kills with SIGKILL on the way."""
         write_json(self.root / "settings.json", self.settings)
         code = (
@@ -54,7 +54,7 @@ class TinyProject:
             "paths = Paths(root, 'tiny', root / 'cache')\n"
             "stage.run('tiny', params.family('tiny'), params, paths, lambda values, step: None)\n"
         )
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout_s)
         assert result.returncode == -9, result.stderr
 
 

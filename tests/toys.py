@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -105,6 +112,45 @@ def make_tiny_target(
     return folder
 
 
+def make_tiny_gemma(folder: Path, *, seed: int = 0, num_hidden_layers: int = 6) -> Path:
+    """Write a random fp32 Gemma 3 text checkpoint without a chat template: two sliding layers of 16 tokens for each
+    full one, rope bases of their own, q and k norms, scaled and tied embeddings, one key/value head.
+    """
+    tokenizer = make_tiny_tokenizer(chat_template=None)
+    pattern = ["sliding_attention", "sliding_attention", "full_attention"]
+    config = Gemma3TextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=16,
+        layer_types=(pattern * num_hidden_layers)[:num_hidden_layers],
+        rope_parameters={
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Gemma3ForCausalLM(config).float()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            scale = 0.3 if tensor.ndim == 1 else 0.3 if "embed_tokens" in name else 1.5 / tensor.shape[1] ** 0.5
+            tensor.normal_(0.0, scale, generator=generator)
+        # tied weights make a token predict itself for ever, unless the final norm turns directions round
+        model.model.norm.weight.normal_(-1.0, 1.0, generator=generator)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def make_tiny_tokenizer(vocab_size: int = 300, *, chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
     """Byte-level BPE over WORDS with ChatML's special tokens; the end-of-turn token is eos, `<|endoftext|>` pads."""
     tokenizer = Tokenizer(models.BPE())
@@ -172,6 +218,7 @@ def tiny_params(folder: Path) -> dict[str, Any]:
         "online": [],
         "families": {
             "tiny": {
+                "allow_cpu": True,
                 "target": {"source": f"file:{folder / 'target'}"},
                 "data": {
                     "sources": [{"source": f"file:{folder / 'conversations.json'}", "format": "sharegpt"}],

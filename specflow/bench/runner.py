@@ -21,6 +21,7 @@ from specflow.data.template import Message, encode, render
 from specflow.decoding.generate import Drafter, check_fits, generate
 from specflow.errors import UserError
 from specflow.files import RowLog, sha256_json
+from specflow.shares import MERGE, WHOLE, Share
 from specflow.targets.cached import CachedTarget
 
 if TYPE_CHECKING:
@@ -82,22 +83,25 @@ class Engine:
 
 
 class Runner:
-    """Runs engines over questions; `log` holds finished records across a kill."""
+    """Runs engines over questions; `log` holds finished records across a kill, and those of other shares."""
 
     def __init__(
         self,
-        target: CachedTarget,
+        target: CachedTarget | None,
         tokenizer: PreTrainedTokenizerBase,
         eos_ids: Sequence[int],
         bench: Bench,
         log: RowLog,
+        max_length: int,
     ) -> None:
-        self.target, self.tokenizer, self.eos_ids, self.bench, self.log = (
+        """Without a `target` every record must be in the log; `max_length` tokens fit the target's cache."""
+        self.target, self.tokenizer, self.eos_ids, self.bench, self.log, self.max_length = (
             target,
             tokenizer,
             frozenset(eos_ids),
             bench,
             log,
+            max_length,
         )
         self.num_skipped_turns = 0
         self._answers: dict[tuple[str, str, int], str] = {}
@@ -109,48 +113,56 @@ class Runner:
             self._generate(engine, prompt, min(WARM_UP_TOKENS, self.bench.max_new_tokens), 0)
 
     def run(
-        self, sets: Mapping[str, Sequence[Question]], engines: Sequence[Engine], repeats: int, *, desc: str
+        self,
+        sets: Mapping[str, Sequence[Question]],
+        engines: Sequence[Engine],
+        repeats: int,
+        *,
+        desc: str,
+        share: Share = WHOLE,
     ) -> list[Record]:
-        """Records of every request, engine and repeat. The order of the engines is reversed from request to request and
-        from repeat to repeat."""
+        """Records of every request of `share`, engine and repeat. The order of the engines is reversed from request to
+        request and from repeat to repeat, in the same way in however many shares."""
         assert engines[0].drafter is None, "the baseline comes first: later turns take its answers as history"
         records: list[Record] = []
         total = sum(
             min(repeats, engine.max_repeats or repeats) * min(len(question.turns), self.bench.max_turns)
             for engine in engines
-            for questions in sets.values()
-            for question in questions
+            for _, _, question in _owned(sets, share)
         )
         with tqdm(total=total, desc=desc, unit="request") as bar:
             for repeat in range(repeats):
                 active = [engine for engine in engines if engine.max_repeats is None or repeat < engine.max_repeats]
-                for number, (name, question, turn, prompt) in enumerate(self._requests(sets, repeat)):
-                    ordered = active if (number + repeat) % 2 == 0 else active[::-1]
+                for number, name, question, turn, prompt in self._requests(sets, repeat, share):
+                    ordered = active if (number + turn + repeat) % 2 == 0 else active[::-1]
                     for order, engine in enumerate(ordered):
                         record = self._record(engine, name, question, turn, repeat, order, prompt)
                         records.append(record)
-                        if engine.drafter is None and repeat == 0:
+                        if engine is engines[0] and repeat == 0:
                             text = self.tokenizer.decode(record.token_ids, skip_special_tokens=True)
                             self._answers[name, question.question_id, turn] = text
                         bar.update()
         return records
 
+    def requests(self, sets: Mapping[str, Sequence[Question]]) -> list[tuple[str, Question, int, list[int]]]:
+        """(set, question, turn, prompt) of every request that `run` made of these sets."""
+        return [(name, question, turn, prompt) for _, name, question, turn, prompt in self._requests(sets, 1, WHOLE)]
+
     def _requests(
-        self, sets: Mapping[str, Sequence[Question]], repeat: int
-    ) -> Iterator[tuple[str, Question, int, list[int]]]:
-        """Requests in order; a turn is rendered after its predecessor has been answered."""
-        for name, questions in sets.items():
-            for question in questions:
-                messages: list[Message] = []
-                for turn, text in enumerate(question.turns[: self.bench.max_turns]):
-                    messages.append({"role": "user", "content": text})
-                    prompt = prompt_tokens(self.tokenizer, messages)
-                    k = self.target.max_length - len(prompt) - self.bench.max_new_tokens
-                    if turn > 0 and k < self._largest_k():
-                        self.num_skipped_turns += repeat == 0
-                        break
-                    yield name, question, turn, prompt
-                    messages.append({"role": "assistant", "content": self._answers[name, question.question_id, turn]})
+        self, sets: Mapping[str, Sequence[Question]], repeat: int, share: Share
+    ) -> Iterator[tuple[int, str, Question, int, list[int]]]:
+        """Requests in order, each with its question's number; a turn is rendered after its predecessor was answered."""
+        for number, name, question in _owned(sets, share):
+            messages: list[Message] = []
+            for turn, text in enumerate(question.turns[: self.bench.max_turns]):
+                messages.append({"role": "user", "content": text})
+                prompt = prompt_tokens(self.tokenizer, messages)
+                k = self.max_length - len(prompt) - self.bench.max_new_tokens
+                if turn > 0 and k < self._largest_k():
+                    self.num_skipped_turns += repeat == 0
+                    break
+                yield number, name, question, turn, prompt
+                messages.append({"role": "assistant", "content": self._answers[name, question.question_id, turn]})
 
     def _largest_k(self) -> int:
         fixed = self.bench.num_speculative_tokens
@@ -162,6 +174,8 @@ class Runner:
         key = f"{name}/{question.question_id}/{turn}/{repeat}/{engine.name}"
         if key in self.log.rows:
             return Record.from_json(self.log.rows[key])
+        if self.target is None:
+            MERGE.check_nothing_left("bench", 1)
         seed = int(sha256_json([self.bench.seed, name, question.question_id, turn, repeat])[:12], 16)
         done = self._generate(engine, prompt, self.bench.max_new_tokens, seed)
         record = Record(
@@ -186,6 +200,7 @@ class Runner:
         return record
 
     def _generate(self, engine: Engine, prompt: list[int], max_new_tokens: int, seed: int) -> Any:
+        assert self.target is not None, "only a runner with a target measures"
         return generate(
             self.target,
             prompt,
@@ -196,6 +211,14 @@ class Runner:
             temperature=self.bench.temperature,
             generator=torch.Generator(device=self.target.device).manual_seed(seed),
         )
+
+
+def _owned(sets: Mapping[str, Sequence[Question]], share: Share) -> Iterator[tuple[int, str, Question]]:
+    """Questions of a share as (number over all sets, set, question)."""
+    everything = [(name, question) for name, questions in sets.items() for question in questions]
+    for number, (name, question) in enumerate(everything):
+        if share.owns(number):
+            yield number, name, question
 
 
 def sweep(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from specflow import files
-from specflow.bench import metrics
+from specflow.bench import metrics, served_stage
 from specflow.bench.identity import draft_digest, identity
 from specflow.bench.metrics import Record
 from specflow.bench.runner import (
@@ -22,6 +24,8 @@ from specflow.bench.runner import (
     sweep,
     time_stock_generate,
 )
+from specflow.bench.served import Plan, check_possible
+from specflow.bench.served_client import Request
 from specflow.config import Bench, Family, Params
 from specflow.data.prompt_sets import Question, read_prompt_set
 from specflow.decoding.chain import ChainDrafter
@@ -29,13 +33,14 @@ from specflow.decoding.lookup import LookupDrafter
 from specflow.errors import UserError
 from specflow.export.eagle3 import load_export
 from specflow.paths import Log, Paths
+from specflow.shares import MERGE, WHOLE, Share, delete_logs, only_key, open_log
 from specflow.sources import resolve
 from specflow.targets.attention import optimise_for_inference
 from specflow.targets.cached import CachedTarget
 from specflow.targets.model import TargetFacts, load_model, load_tokenizer, read_facts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from specflow.drafters.eagle3 import Eagle3Draft
 
@@ -43,53 +48,195 @@ Sets = dict[str, list[Question]]
 HELDOUT = "heldout"
 
 
-def run(name: str, family: Family, params: Params, paths: Paths, log: Log) -> dict[str, float]:
+def run(name: str, family: Family, params: Params, paths: Paths, log: Log, share: Share = WHOLE) -> dict[str, float]:
     """Benchmark the exported draft of a family. Returns headline metrics; speed in tokens per second, times in ms.
 
-    Writes bench/records.jsonl, bench/summary.json, plots/survival.json and plots/sweep.json.
+    Writes bench/records.jsonl, bench/summary.json, plots/survival.json and plots/sweep.json, and with bench.serve
+    bench/served.json and bench/served_records.jsonl.
     """
-    bench, facts = family.bench, read_facts(paths.target)
-    cache, folder = paths.cache, paths.export / "eagle3"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(facts, cache)
-    draft = load_export(folder)
-    sets, tuning = load_questions(bench, params, paths)
-    settings = {**bench.model_dump(), "questions": {key: [q.question_id for q in value] for key, value in sets.items()}}
-    settings["sweep_questions"] = [q.question_id for q in tuning]
-    about = identity(facts, folder, paths.root, device)
-    digests = [facts.digest, facts.template_digest, draft_digest(folder)]
-    key = files.sha256_json([settings, digests, about["versions"], about["cpu"]])
-    row_log = files.RowLog(paths.state / "bench.jsonl", key)
-
-    fixed = bench.num_speculative_tokens
-    largest = max(bench.sweep) if fixed == "auto" else fixed
-    # before anything slow: a question that does not fit ends the stage
-    max_length = cache_length(tokenizer, {**sets, "sweep": tuning}, bench, largest, facts.max_position_embeddings)
-    stock = _stock(facts, paths, tokenizer, sets, bench, device, row_log) if bench.stock_generate else None
-    target, chain = _load_engines(facts, paths, draft, max_length, device)
-    runner = Runner(target, tokenizer, facts.eos_token_ids, bench, row_log)
-    num_speculative_tokens, sweep_rows = _choose(runner, chain, tuning, bench, row_log)
-    engines = [Engine("baseline"), Engine("draft", chain, num_speculative_tokens)]
-    if bench.prompt_lookup:
-        engines.append(Engine("lookup", LookupDrafter(), num_speculative_tokens, max_repeats=1))
-    runner.warm_up(engines, next(iter(sets.values()))[0])
-    records = runner.run(sets, engines, bench.repeats, desc=f"bench@{name}")
-    target.close()
-
-    summary = summarise(records, sets, num_speculative_tokens, bench)
+    if family.bench.serve is not None:
+        check_possible(family, name, paths, family.bench.serve)
+    work = _Work.open(family, params, paths, share)
+    bench = work.bench
+    records, runner = _measure(name, work, share)
+    num_speculative_tokens, sweep_rows = work.choice
+    stock = work.log.rows["stock"] if bench.stock_generate else None
     summary = {
         "family": name,
-        "settings": settings,
-        "identity": about,
-        **summary,
+        "settings": work.settings,
+        "identity": work.about,
+        **summarise(records, work.sets, num_speculative_tokens, bench),
         "sweep": sweep_rows,
         "num_speculative_tokens": num_speculative_tokens,
         "num_skipped_turns": runner.num_skipped_turns,
         **_over_stock(records, stock, bench.temperature),
     }
+    served: dict[str, float] = {}
+    if bench.serve is None:
+        served_stage.forget(paths)
+    else:
+        requests = _served_requests(runner, work.sets, bench.serve.num_prompts)
+        plan = Plan(name, family, paths, work.facts, bench.serve, requests, num_speculative_tokens)
+        work.release()
+        served = served_stage.headline(served_stage.run(plan, params, records, paths.bench))
     _write(summary, records, paths)
-    row_log.close(delete=True)
-    return headline(summary)
+    work.log.close()
+    delete_logs(paths.state, "bench")
+    return headline(summary) | served
+
+
+def _measure(name: str, work: _Work, share: Share) -> tuple[list[Record], Runner]:
+    """Every record, and the runner that made them, which keeps no hold of the model."""
+    if share == MERGE:
+        work.check_first()
+        runner, engines = work.runner(None), work.engines(None)
+    else:
+        work.measure_first()
+        target, chain = work.load_engines()
+        runner, engines = work.runner(target), work.engines(chain)
+        runner.warm_up(engines, next(iter(work.sets.values()))[0])
+    records = runner.run(work.sets, engines, work.bench.repeats, desc=f"bench@{name}")
+    if runner.target is not None:
+        runner.target.close()
+        runner.target = None
+    return records, runner
+
+
+def run_first(name: str, family: Family, params: Params, paths: Paths, share: Share) -> dict[str, float]:
+    """What is measured once before the shares: the choice of K, and stock generate()."""
+    work = _Work.open(family, params, paths, share)
+    work.measure_first()
+    work.log.close()
+    return {}
+
+
+def run_share(name: str, family: Family, params: Params, paths: Paths, share: Share) -> dict[str, float]:
+    """Measure the questions of one share, each on this process's device by all engines in turn."""
+    work = _Work.open(family, params, paths, share)
+    work.check_first()
+    target, chain = work.load_engines()
+    runner, engines = work.runner(target), work.engines(chain)
+    runner.warm_up(engines, next(iter(work.sets.values()))[0])
+    runner.run(work.sets, engines, work.bench.repeats, desc=f"bench@{name}", share=share)
+    target.close()
+    work.log.close()
+    return {}
+
+
+@dataclass
+class _Work:
+    """Inputs of the stage and what of it is done."""
+
+    bench: Bench
+    facts: TargetFacts
+    paths: Paths
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase
+    draft: Eagle3Draft
+    sets: Sets
+    tuning: list[Question]
+    settings: dict[str, Any]
+    about: dict[str, Any]
+    max_length: int
+    log: files.RowLog
+
+    @classmethod
+    def open(cls, family: Family, params: Params, paths: Paths, share: Share) -> _Work:
+        bench, facts, folder = family.bench, read_facts(paths.target), paths.export / "eagle3"
+        if bench.serve is not None and share != WHOLE:
+            raise UserError("bench.serve measures servers one after the other: set resources.bench.shards to 1")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        tokenizer = load_tokenizer(facts, paths.cache)
+        draft = load_export(folder)
+        sets, tuning = load_questions(bench, params, paths)
+        questions = {key: [q.question_id for q in value] for key, value in sets.items()}
+        settings = {
+            **bench.model_dump(exclude={"serve"}),
+            "questions": questions,
+            "sweep_questions": [q.question_id for q in tuning],
+        }
+        # before anything slow: a question that does not fit ends the stage
+        fixed = bench.num_speculative_tokens
+        largest = max(bench.sweep) if fixed == "auto" else fixed
+        context = facts.max_position_embeddings
+        max_length = cache_length(tokenizer, {**sets, "sweep": tuning}, bench, largest, context)
+        about = identity(facts, folder, paths.root, device)
+        work_key = files.sha256_json([settings, facts.digest, facts.template_digest, draft_digest(folder)])
+        machine = files.sha256_json([about[part] for part in ("versions", "cpu", "device")])
+        key = f"{work_key}:{machine}"  # times of different machines are not mixed
+        if share == MERGE:
+            key = only_key(paths.state, "bench", f"{work_key}:")
+        log = open_log(paths.state, "bench", key, share)
+        if share.count > 1:
+            log.append({"id": "identity", **about})
+        elif share == MERGE:  # the machine that measured, not the one that puts the records together
+            about = {name: value for name, value in log.rows["identity"].items() if name != "id"}
+        return cls(bench, facts, paths, device, tokenizer, draft, sets, tuning, settings, about, max_length, log)
+
+    def measure_first(self) -> None:
+        """Stock generate() and the sweep over K, unless a log has them."""
+        if self.bench.stock_generate and "stock" not in self.log.rows:
+            self._measure_stock()
+        if self.bench.num_speculative_tokens == "auto" and "sweep" not in self.log.rows:
+            target, chain = self.load_engines()
+            rows = sweep(self.runner(target), chain, self.tuning, self.bench.sweep)
+            self.log.append({"id": "sweep", "rows": rows})
+            target.close()
+
+    def check_first(self) -> None:
+        """Raise UserError unless the logs hold what is measured once: shares must not choose a K each."""
+        needed = {"stock": self.bench.stock_generate, "sweep": self.bench.num_speculative_tokens == "auto"}
+        MERGE.check_nothing_left("bench", sum(said and row not in self.log.rows for row, said in needed.items()))
+
+    @property
+    def choice(self) -> tuple[int, list[dict[str, float]]]:
+        """K and the sweep that chose it (none for a given K). A resumed run keeps the choice it had made."""
+        if self.bench.num_speculative_tokens != "auto":
+            return self.bench.num_speculative_tokens, []
+        rows: list[dict[str, float]] = self.log.rows["sweep"]["rows"]
+        return int(max(rows, key=lambda row: row["tok_s"])["num_speculative_tokens"]), rows
+
+    def runner(self, target: CachedTarget | None) -> Runner:
+        return Runner(target, self.tokenizer, self.facts.eos_token_ids, self.bench, self.log, self.max_length)
+
+    def engines(self, chain: ChainDrafter | None) -> list[Engine]:
+        k, _ = self.choice
+        engines = [Engine("baseline"), Engine("draft", chain, k)]
+        if self.bench.prompt_lookup:
+            engines.append(Engine("lookup", LookupDrafter(), k, max_repeats=1))
+        return engines
+
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        return optimise_for_inference(load_model(self.facts, self.paths.cache, device=str(self.device)))
+
+    def release(self) -> None:
+        """Give the in-process model's memory to a server. Callers hold no engine of it any more."""
+        self.__dict__.pop("_model", None)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def load_engines(self) -> tuple[CachedTarget, ChainDrafter]:
+        model, length = self._model, self.max_length
+        target = CachedTarget(model, num_rows=1, max_length=length, aux_layer_ids=self.draft.config.aux_layer_ids)
+        draft = self.draft.to(self.device, model.dtype if self.device.type == "cuda" else torch.float32)
+        return target, ChainDrafter(draft, model.get_input_embeddings().weight, length)
+
+    def _measure_stock(self) -> None:
+        """Speed of transformers' generate() with the model as it loads, on the first turns of some questions."""
+        questions = [(name, question) for name, questions in self.sets.items() for question in questions]
+        chosen = questions[:: max(1, len(questions) // STOCK_PROMPTS)][:STOCK_PROMPTS]
+        prompts = {
+            f"{name}/{question.question_id}": prompt_tokens(
+                self.tokenizer, [{"role": "user", "content": question.turns[0]}]
+            )
+            for name, question in chosen
+        }
+        model = load_model(self.facts, self.paths.cache, device=str(self.device))
+        self.log.append({"id": "stock", **time_stock_generate(model, prompts, self.facts.eos_token_ids, self.bench)})
+        del model
+        gc.collect()
 
 
 def load_questions(bench: Bench, params: Params, paths: Paths) -> tuple[Sets, list[Question]]:
@@ -122,60 +269,19 @@ def load_questions(bench: Bench, params: Params, paths: Paths) -> tuple[Sets, li
     return sets, tuning
 
 
+def _served_requests(runner: Runner, sets: Sets, num_prompts: int | None) -> list[Request]:
+    """The requests of the benchmark in process, of at most `num_prompts` questions a set."""
+    chosen = {name: spread(questions, num_prompts or len(questions)) for name, questions in sets.items()}
+    return [
+        Request(name, question.question_id, question.category, turn, prompt, question.turns[turn])
+        for name, question, turn, prompt in runner.requests(chosen)
+    ]
+
+
 def _question(row: Mapping[str, Any]) -> Question:
     """The user turns of a held-out conversation."""
     turns = [message["content"] for message in row["messages"] if message["role"] == "user"]
     return Question(row["id"], row["category"], turns)
-
-
-def _load_engines(
-    facts: TargetFacts,
-    paths: Paths,
-    draft: Eagle3Draft,
-    max_length: int,
-    device: torch.device,
-) -> tuple[CachedTarget, ChainDrafter]:
-    model = optimise_for_inference(load_model(facts, paths.cache, device=str(device)))
-    target = CachedTarget(model, num_rows=1, max_length=max_length, aux_layer_ids=draft.config.aux_layer_ids)
-    draft = draft.to(device, model.dtype if device.type == "cuda" else torch.float32)
-    return target, ChainDrafter(draft, model.get_input_embeddings().weight, max_length)
-
-
-def _choose(
-    runner: Runner, chain: ChainDrafter, tuning: Sequence[Question], bench: Bench, row_log: files.RowLog
-) -> tuple[int, list[dict[str, float]]]:
-    """K and the sweep that chose it (none for a given K). A resumed run keeps the choice it had made."""
-    if bench.num_speculative_tokens != "auto":
-        return bench.num_speculative_tokens, []
-    if "sweep" not in row_log.rows:
-        row_log.append({"id": "sweep", "rows": sweep(runner, chain, tuning, bench.sweep)})
-    rows: list[dict[str, float]] = row_log.rows["sweep"]["rows"]
-    return int(max(rows, key=lambda row: row["tok_s"])["num_speculative_tokens"]), rows
-
-
-def _stock(
-    facts: TargetFacts,
-    paths: Paths,
-    tokenizer: PreTrainedTokenizerBase,
-    sets: Sets,
-    bench: Bench,
-    device: torch.device,
-    row_log: files.RowLog,
-) -> dict[str, Any]:
-    """Speed of transformers' generate() with the model as it loads, on the first turns of some questions."""
-    if "stock" not in row_log.rows:
-        questions = [(name, question) for name, questions in sets.items() for question in questions]
-        chosen = questions[:: max(1, len(questions) // STOCK_PROMPTS)][:STOCK_PROMPTS]
-        prompts = {
-            f"{name}/{question.question_id}": prompt_tokens(tokenizer, [{"role": "user", "content": question.turns[0]}])
-            for name, question in chosen
-        }
-        model = load_model(facts, paths.cache, device=str(device))
-        row_log.append({"id": "stock", **time_stock_generate(model, prompts, facts.eos_token_ids, bench)})
-        del model
-        gc.collect()
-    stock: dict[str, Any] = row_log.rows["stock"]
-    return stock
 
 
 def _over_stock(records: Sequence[Record], stock: Mapping[str, Any] | None, temperature: float) -> dict[str, Any]:

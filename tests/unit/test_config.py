@@ -53,7 +53,7 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, change: Change, messa
 
 def test_more_problems_are_counted(tmp_path: Path) -> None:
     raw = tiny_params(tmp_path)
-    tiny(raw)["train"].update(lr=0, epochs=0)
+    tiny(raw)["train"].update(lr=0, ttt_steps=0)
     with pytest.raises(UserError, match=r"\(and 1 more\)"):
         parse_params(raw)
 

@@ -17,6 +17,9 @@ ROOT = Path(__file__).parents[2]
 EVERYWHERE = {"specflow/config.py", "specflow/errors.py", "specflow/files.py", "specflow/paths.py"}
 """Plumbing that every stage imports: a change there does not make results stale."""
 
+IN_THE_ENGINE = {"specflow/serving/vllm_plugin/specflow_connector.py"}
+"""Code that vLLM imports in its own environment; here it is only pointed at."""
+
 
 def dvc_stages() -> dict[str, dict[str, Any]]:
     return dict(yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
@@ -54,7 +57,7 @@ def test_code_dependencies_are_what_the_stage_imports(name: str) -> None:
     python = {file for dep in declared for file in _python_files(ROOT / dep)}
     imported = _imports(module) - EVERYWHERE
     assert imported - python == set(), "imported, but no dependency in dvc.yaml"
-    assert python - imported == set(), "a dependency in dvc.yaml, but not imported"
+    assert python - imported - IN_THE_ENGINE == set(), "a dependency in dvc.yaml, but not imported"
 
 
 @pytest.mark.parametrize("name", list(STAGES))
@@ -76,15 +79,6 @@ def test_every_stage_declares_its_resources() -> None:
 def test_default_params_are_valid() -> None:
     params = load_params(ROOT / "params.yaml")
     assert params.offline == ["smollm2"] and params.online == []
-
-
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes_load_beside_the_default_prompt_sets(recipe: Path) -> None:
-    raw = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    block = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    for name, family in block.items():
-        Params.model_validate({**raw, "families": {name: family}, "offline": [name]})
-        assert set(family) == set(Family.model_fields), "dvc.yaml needs every section to be present"
 
 
 def _python_files(path: Path) -> list[str]:

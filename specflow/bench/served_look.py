@@ -1,0 +1,101 @@
+"""`specflow bench-served`: a look at a family through its servers, beside the pipeline; no artifact changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from specflow import files, leases
+from specflow.bench import served_stage
+from specflow.bench.metrics import Record
+from specflow.bench.runner import prompt_tokens, spread
+from specflow.bench.served import Plan, check_possible
+from specflow.bench.served_client import Request
+from specflow.bench.stage import load_questions
+from specflow.config import Bench, BenchServe, Params
+from specflow.errors import UserError
+from specflow.paths import Paths
+from specflow.resources import stage_resources
+from specflow.stage import configure_logging, quieten_transformers
+from specflow.targets.model import TargetFacts, load_tokenizer, read_facts
+
+SETTINGS = ("engine", "baseline_url", "draft_url", "concurrency", "num_prompts")
+
+
+def look(name: str, params: Params, paths: Paths, options: Mapping[str, Any]) -> list[str]:
+    """Lines of the result. Asks first turns only; K is that of the benchmark, else the export's.
+
+    Files go to the family's state folder. The in-process side of the gap comes from bench/records.jsonl where that
+    answered the same prompts with the same limit and K.
+    """
+    family = params.family(name)
+    given = {key: value for key, value in options.items() if value not in (None, ())}
+    serve = _settings(family.bench.serve or BenchServe(), given)
+    limit = given.get("max_new_tokens", family.bench.max_new_tokens)
+    bench = family.bench.model_copy(update={"serve": serve, "max_new_tokens": limit})
+    family = family.model_copy(update={"bench": bench})
+    check_possible(family, name, paths, serve)
+    configure_logging()
+    quieten_transformers()
+    facts = read_facts(paths.target)
+    summary = _json(paths, "summary.json")
+    k = given.get("num_speculative_tokens") or summary.get("num_speculative_tokens")
+    plan = Plan(
+        name=name,
+        family=family,
+        paths=paths,
+        facts=facts,
+        serve=serve,
+        requests=_first_turns(bench, serve, params, paths, facts),
+        num_speculative_tokens=k or family.export.num_speculative_tokens,
+    )
+    own = _in_process(plan, summary)
+    resources = stage_resources(paths.root, "bench", family)
+    with leases.lease(resources, f"bench-served@{name}", allow_cpu=family.allow_cpu):
+        served = served_stage.run(plan, params, own, paths.state / "served")
+    return [*served_stage.table(served), "", f"Records: {paths.state / 'served'}"]
+
+
+def _settings(serve: BenchServe, given: Mapping[str, Any]) -> BenchServe:
+    chosen = {key: given[key] for key in SETTINGS if key in given}
+    if "concurrency" in chosen:
+        chosen["concurrency"] = sorted(set(chosen["concurrency"]))
+    try:
+        return BenchServe.model_validate({**serve.model_dump(), **chosen})
+    except ValidationError as error:
+        raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+
+def _first_turns(bench: Bench, serve: BenchServe, params: Params, paths: Paths, facts: TargetFacts) -> list[Request]:
+    tokenizer = load_tokenizer(facts, paths.cache)
+    sets, _ = load_questions(bench, params, paths)
+    return [
+        Request(
+            name,
+            question.question_id,
+            question.category,
+            0,
+            prompt_tokens(tokenizer, [{"role": "user", "content": question.turns[0]}]),
+            question.turns[0],
+        )
+        for name, questions in sets.items()
+        for question in spread(questions, serve.num_prompts or len(questions))
+    ]
+
+
+def _in_process(plan: Plan, summary: Mapping[str, Any]) -> Sequence[Record]:
+    bench = plan.family.bench
+    asked = {"max_new_tokens": bench.max_new_tokens, "temperature": bench.temperature}
+    same = bool(summary) and summary["num_speculative_tokens"] == plan.num_speculative_tokens
+    if not same or any(summary["settings"][key] != value for key, value in asked.items()):
+        return []
+    rows = files.read_jsonl(plan.paths.bench / "records.jsonl", what="benchmark records", made_by="specflow bench")
+    return [Record.from_json(row) for row in rows]
+
+
+def _json(paths: Paths, name: str) -> dict[str, Any]:
+    file = paths.bench / name
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}

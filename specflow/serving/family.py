@@ -1,0 +1,164 @@
+"""A family's server: its target with or without its exported draft, as `specflow serve` and the stages start it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from specflow.config import Family
+from specflow.errors import UserError
+from specflow.paths import Paths
+from specflow.serving.engines import EngineName, Install, Launch, find_install, launch
+from specflow.serving.server import Endpoint, Server, attach, check_port, free_port, running
+from specflow.targets.model import TargetFacts, read_facts
+
+CPU_CONTEXT = 4096
+"""Context where none is asked for on a machine without a GPU: a long one needs more cache than its share of memory."""
+
+
+def launch_for(
+    family: Family,
+    name: str,
+    paths: Paths,
+    *,
+    engine: EngineName,
+    port: int,
+    draft: bool,
+    num_speculative_tokens: int | None = None,
+    install: Install | None = None,
+) -> Launch:
+    """The command of a server of family `name`; the draft is held against its load contract first."""
+    facts = read_facts(paths.target)
+    serve = family.serve
+    install = install or find_install(engine, serve, paths.cache)
+    if install.on_cpu and serve.max_model_len is None:
+        serve = serve.model_copy(update={"max_model_len": min(CPU_CONTEXT, facts.max_position_embeddings)})
+    serve = serve.model_copy(update={"extra_args": [*_target_args(facts, install), *serve.extra_args]})
+    folder = paths.export / "eagle3"
+    if draft:
+        # by name: what a server without a draft answers does not depend on how drafts are exported
+        importlib.import_module("specflow.export.eagle3").check_export(folder, facts)
+    return launch(
+        install,
+        serve,
+        target=facts.path(paths.cache).resolve(),
+        target_dtype=facts.dtype,
+        served_name=serve.model_name or name,
+        port=port,
+        draft=folder.resolve() if draft else None,
+        num_speculative_tokens=num_speculative_tokens or family.export.num_speculative_tokens,
+    )
+
+
+def _target_args(facts: TargetFacts, install: Install) -> list[str]:
+    words = []
+    if facts.chat_template is not None:
+        words += ["--chat-template", str(Path(facts.chat_template).resolve())]
+    if facts.trust_remote_code:
+        words.append("--trust-remote-code")
+    return words
+
+
+@contextlib.contextmanager
+def family_server(
+    family: Family,
+    name: str,
+    paths: Paths,
+    *,
+    engine: EngineName,
+    draft: bool,
+    num_speculative_tokens: int | None = None,
+    log_name: str = "server",
+    edit: Callable[[Launch], Launch] = lambda launch: launch,
+) -> Iterator[Endpoint]:
+    """An endpoint of the family's target: `serve.url` where it is given, else a server that lives as long as the block.
+
+    `edit` changes the command before it runs (a capture adds its connector).
+    """
+    serve = family.serve
+    model = serve.model_name or name
+    if serve.url is not None:
+        yield attach(serve, model)
+        return
+    with child_server(
+        family,
+        name,
+        paths,
+        engine=engine,
+        draft=draft,
+        num_speculative_tokens=num_speculative_tokens,
+        log_name=log_name,
+        edit=edit,
+    ) as server:
+        yield server.endpoint
+
+
+@contextlib.contextmanager
+def child_server(
+    family: Family,
+    name: str,
+    paths: Paths,
+    *,
+    engine: EngineName,
+    draft: bool,
+    num_speculative_tokens: int | None = None,
+    log_name: str = "server",
+    edit: Callable[[Launch], Launch] = lambda launch: launch,
+    port: int | None = None,
+) -> Iterator[Server]:
+    """A server of our own for the length of the block; its output is kept under the family's state folder."""
+    if port is not None:
+        check_port(port)
+    chosen = port or free_port()
+    started = edit(launch_for(family, name, paths, engine=engine, port=chosen, draft=draft,
+                              num_speculative_tokens=num_speculative_tokens))  # fmt: skip
+    log = paths.state / "servers" / f"{log_name}.log"
+    model = family.serve.model_name or name
+    with running(started, port=chosen, model=model, log=log, start_timeout_s=family.serve.start_timeout_s) as server:
+        yield server
+
+
+def serve_until_stopped(
+    family: Family,
+    name: str,
+    paths: Paths,
+    *,
+    engine: EngineName,
+    port: int,
+    draft: bool,
+    num_speculative_tokens: int | None,
+    say: Callable[[str], None],
+) -> None:
+    """`specflow serve`: print the command that does the same elsewhere, serve, and stop on Ctrl-C."""
+    if family.serve.url is not None:
+        raise UserError(f"families.{name}.serve.url is set: that server is somebody else's to start")
+    say(
+        str(
+            launch_for(
+                family,
+                name,
+                paths,
+                engine=engine,
+                port=port,
+                draft=draft,
+                num_speculative_tokens=num_speculative_tokens,
+            )
+        )
+    )
+    with child_server(
+        family,
+        name,
+        paths,
+        engine=engine,
+        draft=draft,
+        num_speculative_tokens=num_speculative_tokens,
+        log_name="serve",
+        port=port,
+    ) as server:
+        say(f"serving {server.endpoint.model!r} at {server.endpoint.url}/v1, output in {server.log}; Ctrl-C stops it")
+        while True:
+            with contextlib.suppress(Exception):
+                server.process.wait(1.0)
+            server.check()
