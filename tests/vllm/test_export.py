@@ -143,7 +143,9 @@ def test_speculators_form_with_every_variant_serves_alone(tmp_path: Path, tiny_t
     )
     install, port = find_install("vllm", project.family.serve, project.paths.cache), free_port()
     folder = project.paths.export / "speculators"
-    alone = launch(install, project.family.serve, target=folder, target_dtype="float32", served_name="tiny", port=port)
+    # launch asks for acceptance by request where it is given a draft; here the draft is in the one folder
+    serve = project.family.serve.model_copy(update={"extra_args": ["--per-request-spec-decode-metrics", "detailed"]})
+    alone = launch(install, serve, target=folder, target_dtype="float32", served_name="tiny", port=port)
     with running(alone, port=port, model="tiny", log=tmp_path / "server.log", start_timeout_s=300) as server:
         length = check(project, server.endpoint, load_draft(project.paths.draft))
     assert 1.3 < length < K + 0.9
