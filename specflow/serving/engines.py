@@ -95,34 +95,42 @@ def launch(
     num_speculative_tokens: int = 0,
 ) -> Launch:
     """Words that start the server for `target`, with the exported `draft` folder or alone."""
-    if install.engine == "vllm":
-        return _launch_vllm(install, serve, target, target_dtype, served_name, port, draft, num_speculative_tokens)
-    return _launch_sglang(install, serve, target, target_dtype, served_name, port, draft, num_speculative_tokens)
+    wanted = _Wanted(serve, target, serve.dtype or target_dtype, served_name, port, draft, num_speculative_tokens)
+    return _launch_vllm(install, wanted) if install.engine == "vllm" else _launch_sglang(install, wanted)
 
 
-def _launch_vllm(
-    install: Install,
-    serve: Serve,
-    target: Path,
-    target_dtype: str,
-    served_name: str,
-    port: int,
-    draft: Path | None,
-    num_speculative_tokens: int,
-) -> Launch:
+@dataclass(frozen=True)
+class _Wanted:
+    """What a server is to serve, in no engine's words."""
+
+    serve: Serve
+    target: Path
+    dtype: str
+    served_name: str
+    port: int
+    draft: Path | None
+    num_speculative_tokens: int
+
+
+def _launch_vllm(install: Install, wanted: _Wanted) -> Launch:
+    serve = wanted.serve
     flags: dict[str, Any] = {
-        "--model": target,
-        "--served-model-name": served_name,
+        "--model": wanted.target,
+        "--served-model-name": wanted.served_name,
         "--host": "127.0.0.1",
-        "--port": port,
-        "--dtype": serve.dtype or target_dtype,
+        "--port": wanted.port,
+        "--dtype": wanted.dtype,
         "--tensor-parallel-size": serve.tensor_parallel_size,
         "--data-parallel-size": serve.data_parallel_size,
         "--max-model-len": serve.max_model_len,
         "--gpu-memory-utilization": None if install.on_cpu else serve.gpu_memory_utilization,
     }
-    if draft is not None:
-        config = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": num_speculative_tokens}
+    if wanted.draft is not None:
+        config = {
+            "method": "eagle3",
+            "model": str(wanted.draft),
+            "num_speculative_tokens": wanted.num_speculative_tokens,
+        }
         flags["--speculative-config"] = json.dumps(config)
         # Exact acceptance of every request in its answer, instead of counters of the whole server. Without a draft the
         # flag is an error.
@@ -135,35 +143,27 @@ def _launch_vllm(
     return Launch([*words, *serve.extra_args], environment)
 
 
-def _launch_sglang(
-    install: Install,
-    serve: Serve,
-    target: Path,
-    target_dtype: str,
-    served_name: str,
-    port: int,
-    draft: Path | None,
-    num_speculative_tokens: int,
-) -> Launch:
+def _launch_sglang(install: Install, wanted: _Wanted) -> Launch:
+    serve = wanted.serve
     flags: dict[str, Any] = {
-        "--model-path": target,
-        "--served-model-name": served_name,
+        "--model-path": wanted.target,
+        "--served-model-name": wanted.served_name,
         "--host": "127.0.0.1",
-        "--port": port,
-        "--dtype": serve.dtype or target_dtype,
+        "--port": wanted.port,
+        "--dtype": wanted.dtype,
         "--tp-size": serve.tensor_parallel_size,
         "--dp-size": serve.data_parallel_size,
         "--context-length": serve.max_model_len,
         "--mem-fraction-static": serve.gpu_memory_utilization,
     }
-    if draft is not None:
+    if wanted.draft is not None:
         # A chain in SGLang's terms: one branch per step, and the draft tokens count the root.
         flags |= {
             "--speculative-algorithm": "EAGLE3",
-            "--speculative-draft-model-path": draft,
-            "--speculative-num-steps": num_speculative_tokens,
+            "--speculative-draft-model-path": wanted.draft,
+            "--speculative-num-steps": wanted.num_speculative_tokens,
             "--speculative-eagle-topk": 1,
-            "--speculative-num-draft-tokens": num_speculative_tokens + 1,
+            "--speculative-num-draft-tokens": wanted.num_speculative_tokens + 1,
         }
     words = [str(install.python), "-m", "sglang.launch_server", *_words(flags), "--enable-metrics"]
     return Launch([*words, *serve.extra_args])

@@ -11,7 +11,7 @@ from specflow.config import Family
 from specflow.errors import UserError
 from specflow.paths import Paths
 from specflow.serving.engines import EngineName, Install, Launch, find_install, launch
-from specflow.serving.server import Endpoint, Server, attach, check_port, free_port, running
+from specflow.serving.server import Server, check_port, free_port, running
 from specflow.targets.model import TargetFacts, read_facts
 
 CPU_CONTEXT = 4096
@@ -62,40 +62,6 @@ def _target_args(facts: TargetFacts, install: Install) -> list[str]:
 
 
 @contextlib.contextmanager
-def family_server(
-    family: Family,
-    name: str,
-    paths: Paths,
-    *,
-    engine: EngineName,
-    draft: bool,
-    num_speculative_tokens: int | None = None,
-    log_name: str = "server",
-    edit: Callable[[Launch], Launch] = lambda launch: launch,
-) -> Iterator[Endpoint]:
-    """An endpoint of the family's target: `serve.url` where it is given, else a server that lives as long as the block.
-
-    `edit` changes the command before it runs (a capture adds its connector).
-    """
-    serve = family.serve
-    model = serve.model_name or name
-    if serve.url is not None:
-        yield attach(serve, model)
-        return
-    with child_server(
-        family,
-        name,
-        paths,
-        engine=engine,
-        draft=draft,
-        num_speculative_tokens=num_speculative_tokens,
-        log_name=log_name,
-        edit=edit,
-    ) as server:
-        yield server.endpoint
-
-
-@contextlib.contextmanager
 def child_server(
     family: Family,
     name: str,
@@ -108,7 +74,10 @@ def child_server(
     edit: Callable[[Launch], Launch] = lambda launch: launch,
     port: int | None = None,
 ) -> Iterator[Server]:
-    """A server of our own for the length of the block; its output is kept under the family's state folder."""
+    """A server of our own for the length of the block; its output is kept under the family's state folder.
+
+    `edit` changes the command before it runs: a capture adds its connector.
+    """
     if port is not None:
         check_port(port)
     chosen = port or free_port()
