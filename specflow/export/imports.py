@@ -8,9 +8,11 @@ below `eagle_config` that count layer outputs from 0), speculators (`layers.0.*`
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -50,11 +52,15 @@ def read_draft(folder: Path, facts: TargetFacts, cache: Path) -> tuple[Eagle3Dra
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     safe, pickled = (folder / name for name in _WEIGHTS)
-    if safe.exists():
-        return load_file(safe)
-    if pickled.exists():
-        loaded: dict[str, Tensor] = torch.load(pickled, map_location="cpu", weights_only=True)
-        return loaded
+    try:
+        if safe.exists():
+            return load_file(safe)
+        if pickled.exists():
+            loaded: dict[str, Tensor] = torch.load(pickled, map_location="cpu", weights_only=True)
+            return loaded
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:  # cut off, or more than tensors
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the weights in {folder} cannot be read ({reason}): fetch the draft again") from None
     raise UserError(f"{folder} has neither {_WEIGHTS[0]} nor {_WEIGHTS[1]}: name the folder of an EAGLE-3 draft")
 
 
@@ -72,6 +78,8 @@ def _layout(raw: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str
         return raw, flags, "plain EAGLE-3 form; norm flags that it does not name are off, as vLLM reads it"
     if kind != "eagle3":
         raise UserError(f"{folder} is a speculators draft of type {kind!r}: only eagle3 can be read")
+    if "transformer_layer_config" not in raw:
+        raise UserError(f"{folder}/config.json has no transformer_layer_config: fetch the draft again")
     flags = {flag: bool(raw.get(flag, flag == "norm_before_residual")) for flag in FLAGS}
     return (
         raw["transformer_layer_config"],

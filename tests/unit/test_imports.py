@@ -169,6 +169,7 @@ def test_norm_variants_are_what_they_say(project):
         (lambda config, tensors: config.update(eagle_aux_hidden_state_layer_ids=[5, 3, 2]), "must ascend"),
         (lambda config, tensors: config.update(eagle_aux_hidden_state_layer_ids=[1, 2]), r"fc.weight is \[32, 96\]"),
         (lambda config, tensors: config.update(speculators_model_type="dflash"), "only eagle3 can be read"),
+        (lambda config, tensors: config.update(speculators_model_type="eagle3"), "has no transformer_layer_config"),
         (
             lambda config, tensors: tensors.update({"midlayer.self_attn.q_norm.weight": torch.ones(16)}),
             "have no place in the draft",
@@ -188,6 +189,15 @@ def test_what_cannot_be_read_faithfully_is_one_line(project, tmp_path, change, m
         return
     with pytest.raises(UserError, match=message):
         read_draft(tmp_path / "d", project.facts, project.paths.cache)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_damaged_weights_are_one_line(project, tmp_path, name):
+    (tmp_path / "config.json").write_text("{}")
+    for content in (b"", b"not weights at all"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=r"the weights in .* cannot be read .* fetch the draft again"):
+            read_draft(tmp_path, project.facts, project.paths.cache)
 
 
 def test_a_folder_that_is_no_draft_is_one_line(project, tmp_path):
