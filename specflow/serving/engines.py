@@ -115,7 +115,6 @@ class _Wanted:
 def _launch_vllm(install: Install, wanted: _Wanted) -> Launch:
     serve = wanted.serve
     flags: dict[str, Any] = {
-        "--model": wanted.target,
         "--served-model-name": wanted.served_name,
         "--host": "127.0.0.1",
         "--port": wanted.port,
@@ -135,7 +134,11 @@ def _launch_vllm(install: Install, wanted: _Wanted) -> Launch:
         # Exact acceptance of every request in its answer, instead of counters of the whole server. Without a draft the
         # flag is an error.
         flags["--per-request-spec-decode-metrics"] = "detailed"
-    words = [str(install.python), "-m", "vllm.entrypoints.openai.api_server", *_words(flags)]
+    if install.on_cpu:  # `vllm serve` asks for a distribution named vllm and fails under the CPU build's name
+        command = [str(install.python), "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    else:
+        command = [str(install.python.with_name("vllm")), "serve"]
+    words = [*command, str(wanted.target), *_words(flags)]
     environment = {"VLLM_NO_USAGE_STATS": "1"}
     if install.on_cpu:
         words.append("--enforce-eager")

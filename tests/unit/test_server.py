@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -175,7 +176,9 @@ def test_commands_say_what_a_user_would_type(tmp_path: Path) -> None:
     flags = dict(zip(words[3:-2:2], words[4:-2:2], strict=True))
     assert json.loads(flags["--speculative-config"]) == {"method": "eagle3", "model": "/d", "num_speculative_tokens": 4}
     assert (flags["--tensor-parallel-size"], flags["--dtype"], flags["--host"]) == ("2", "bfloat16", "127.0.0.1")
-    assert words[-2:] == ["--seed", "1"]
+    assert words[:3] == ["/v/bin/vllm", "serve", "/t"] and words[-2:] == ["--seed", "1"]
+    on_cpu = launch(replace(vllm, on_cpu=True), serve, **given).argv
+    assert on_cpu[:5] == ["/v/bin/python", "-m", "vllm.entrypoints.openai.api_server", "--model", "/t"]
     assert "--speculative-config" not in launch(vllm, serve, **given).argv
     sglang = Install("sglang", Path("/s/bin/python"), "0.5", on_cpu=False)
     words = launch(sglang, serve, **given, draft=Path("/d"), num_speculative_tokens=4).argv
