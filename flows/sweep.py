@@ -148,8 +148,7 @@ def _problem(state: State[Any]) -> str:
 def run_point(point: Point) -> Any:
     """Run one experiment."""
     logger, stop = get_run_logger(), stop_of(point.flow_run_id)
-    # ++: whether params.yaml says the parameter or leaves it at its default
-    changes = [word for key, value in point.overrides.items() for word in ("-S", f"++{key}={_override(value)}")]
+    changes = [word for key, value in point.overrides.items() for word in _set_param(key, value)]
     single = ["-s"] if point.single else []
     command = dvc_command("exp", "run", "--temp", "--name", point.name, *single, *changes, point.address)
     try:
@@ -175,8 +174,17 @@ def run_point(point: Point) -> Any:
     return Completed(message=f"done in {finished.seconds:.0f} s", data=point.name)
 
 
+def _set_param(key: str, value: Any) -> list[str]:
+    """Words of `dvc exp run`. ++: whether params.yaml says the parameter or leaves it at its default."""
+    # a mapping or list is merged with what is there, so that goes first
+    values = [None, value] if isinstance(value, Mapping | list) else [value]
+    return [word for each in values for word in ("-S", f"++{key}={_override(each)}")]
+
+
 def _override(value: Any) -> str:
-    """A value as `dvc exp run -S` reads it."""
+    """A value in the grammar of `dvc exp run -S`, which is Hydra's: keys are not quoted."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_override(inner)}" for key, inner in value.items()) + "}"
     return value if isinstance(value, str) else json.dumps(value)
 
 

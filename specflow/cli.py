@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from specflow import __version__
+from specflow.cli_bench import bench_command, bench_worker
 from specflow.errors import RetryableError, UserError
 
 SUMMARIES = {
@@ -96,14 +97,18 @@ def _add_stage(stage: str, summary: str) -> None:
 
 
 for _stage, _summary in SUMMARIES.items():
-    _add_stage(_stage, _summary)
+    if _stage == "bench":
+        cli.add_command(bench_command(_summary, params_option, parent_option))
+    else:
+        _add_stage(_stage, _summary)
+cli.add_command(bench_worker)
 
 
 @cli.command()
 @params_option
 @parent_option
 def report(params_path: Path, parent_run_id: str | None) -> None:
-    """Write report/report.html and report.md over all families."""
+    """Write report/report.html over all families, a page for each beside it, and Markdown of both."""
     from specflow.stage import exit_on_sigterm, run_report
 
     exit_on_sigterm()
@@ -179,8 +184,8 @@ def results(params_path: Path) -> None:
 @cli.command()
 @click.argument("family")
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Port on loopback.")
-@click.option("--num-speculative-tokens", "-k", type=click.IntRange(min=1), help="Drafted tokens (default: export's).")
-@click.option("--draft/--no-draft", default=True, help="With the exported draft, or the target alone.")
+@click.option("--num-speculative-tokens", "-k", type=click.IntRange(min=1), help="A chain of this many drafted tokens.")
+@click.option("--draft/--no-draft", default=None, help="With the exported draft, or the target alone.")
 @click.option("--engine", type=click.Choice(["vllm", "sglang"]), default="vllm", show_default=True)
 @click.option("--print-only", is_flag=True, help="Print the command and stop.")
 @params_option
@@ -188,12 +193,15 @@ def serve(
     family: str,
     port: int,
     num_speculative_tokens: int | None,
-    draft: bool,
+    draft: bool | None,
     engine: str,
     print_only: bool,
     params_path: Path,
 ) -> None:
-    """Serve the target of FAMILY with its exported draft; prints the command to copy."""
+    """Serve the target of FAMILY with its exported draft; prints the command to copy.
+
+    Drafts as serve.speculative says, which `specflow tune` writes, else export.num_speculative_tokens.
+    """
     from specflow.serving.family import launch_for, serve_until_stopped
     from specflow.stage import exit_on_sigterm, load_project
 
@@ -205,6 +213,47 @@ def serve(
         return
     exit_on_sigterm()
     serve_until_stopped(chosen, family, paths, **options, say=click.echo)
+
+
+@cli.command()
+@click.argument("family")
+@click.option(
+    "--budget-s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=300.0,
+    show_default=True,
+    help="Seconds of measuring, once the models are loaded.",
+)
+@click.option(
+    "--max-nodes", type=click.IntRange(1, 127), default=63, show_default=True, help="Most tokens drafted at a time."
+)
+@click.option(
+    "--prompts",
+    "num_prompts",
+    type=click.IntRange(min=2),
+    default=12,
+    show_default=True,
+    help="Held-out prompts to search on; at most twice as many fresh ones confirm.",
+)
+@click.option("--write", is_flag=True, help="Write the recommendation to serve.speculative of params.yaml.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of tune.json and tune.html (default: .specflow/FAMILY/tune).",
+)
+@params_option
+def tune(family: str, params_path: Path, **options: Any) -> None:
+    """Search the drafting setting of FAMILY that is fastest on this machine, and confirm it on fresh prompts."""
+    from specflow.stage import configure_logging, exit_on_sigterm, load_project, quieten_transformers
+
+    params, paths = load_project(params_path, family)
+    chosen = params.family(family)
+    configure_logging()
+    exit_on_sigterm()
+    from specflow.tune.command import Options, run
+
+    quieten_transformers()
+    run(family, chosen, params, paths, params_path, Options(**options), click.echo)
 
 
 @cli.command("bench-served")

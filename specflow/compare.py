@@ -132,9 +132,10 @@ HEADER = (
     "method",
     "mode",
     "K",
-    "acceptance",
+    "acceptance [95 % CI]",
     "survival",
     "speedup [95 % CI]",
+    "n-gram",
     "tok/s",
     "alone",
     "lossless",
@@ -148,17 +149,16 @@ HEADER = (
 def row(entry: Entry) -> list[str]:
     """An entry's cells below HEADER; `-` where it was not measured."""
     metrics = entry.metrics
-    bounds = [metrics.get(f"bench/speedup_{end}") for end in ("low", "high")]
-    interval = f" [{bounds[0]:.2f}, {bounds[1]:.2f}]" if None not in bounds else ""
     seconds = metrics.get("cost/seconds")
     return [
         entry.label,
         entry.method,
         entry.mode,
-        _text(metrics.get("bench/num_speculative_tokens"), "{:.0f}"),
-        _text(metrics.get("accept/length"), "{:.2f}"),
+        _drafting(metrics),
+        _text(metrics.get("accept/length"), "{:.2f}") + _interval(metrics, "accept/length"),
         " ".join(f"{rate:.2f}" for rate in entry.survival) or "-",
-        _text(metrics.get("bench/speedup"), "{:.2f}x") + interval,
+        _text(metrics.get("bench/speedup"), "{:.2f}x") + _interval(metrics, "bench/speedup"),
+        _text(metrics.get("reference/lookup_speedup", metrics.get("bench/lookup_speedup")), "{:.2f}x"),
         _text(metrics.get("bench/tok_s"), "{:.1f}"),
         _text(metrics.get("bench/baseline_tok_s"), "{:.1f}"),
         {1.0: "yes", 0.0: "NO", None: "sampled"}[metrics.get("bench/lossless")],
@@ -167,6 +167,18 @@ def row(entry: Entry) -> list[str]:
         _text(metrics.get("cost/gpu_seconds"), "{:.0f}"),
         _text(None if seconds is None else seconds / 3600, "{:.2f}"),
     ]
+
+
+def _interval(metrics: dict[str, float], name: str) -> str:
+    bounds = [metrics.get(f"{name}_{end}") for end in ("low", "high")]
+    return "" if None in bounds else f" [{bounds[0]:.2f}, {bounds[1]:.2f}]"
+
+
+def _drafting(metrics: dict[str, float]) -> str:
+    """K of a chain; of a tree its depth and how many nodes a step drafts."""
+    nodes = metrics.get("bench/drafted_per_step")
+    depth = _text(metrics.get("bench/num_speculative_tokens"), "{:.0f}")
+    return depth if nodes is None else f"{depth} (tree, {nodes:.0f} nodes)"
 
 
 def _text(value: float | None, form: str) -> str:

@@ -11,22 +11,15 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from specflow.bench.settings import HELDOUT, TREE_KINDS, Bench
 from specflow.errors import UserError
+from specflow.schema import Count, Fraction, NonNegative, Positive, Section, Seed
 
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Seed = Annotated[int, Field(ge=0)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 """Of a family: part of folder names, stage addresses and dotted parameter paths."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Source(Section):
@@ -173,60 +166,33 @@ class Export(Section):
     """Name or path of the target in that form; default the hub name of an hf: source, else the path in the cache."""
 
 
-class BenchServe(Section):
-    """The benchmark again through inference servers, target alone and target + draft, with the same prompts and K."""
+class SglangSpeculation(Section):
+    """A tree or a chain in SGLang's words."""
 
-    engine: Literal["vllm", "sglang", "openai"] = "vllm"
-    """`openai`: any OpenAI-compatible server at the two URLs. It tells no acceptance, and where it sends no token ids
-    outputs are compared as text.
-    """
-    baseline_url: str | None = None
-    """Base URL of a server of the target alone that somebody else started; both URLs or neither. Without them two are
-    started in turn, by `serve`.
-    """
-    draft_url: str | None = None
-    """The same server build and flags with the exported draft."""
-    concurrency: list[Count] = Field(default=[1, 2, 4, 8, 16], min_length=1)
-    """Requests in flight at a time, ascending."""
-    num_prompts: Count | None = None
-    """Questions per set, taken evenly over the set; default those of the benchmark in process."""
-    repeats: Annotated[int, Field(ge=2)] = 2
-    """Blocks of each server at each concurrency, in the order A B B A."""
+    num_steps: Count
+    """Most drafted tokens on a path."""
+    eagle_topk: Count
+    """Branches kept at each step; 1 is a chain."""
+    num_draft_tokens: Annotated[int, Field(ge=2)]
+    """Tokens verified at once, the root included."""
 
     @model_validator(mode="after")
-    def _check(self) -> BenchServe:
-        if self.concurrency != sorted(set(self.concurrency)):
-            raise ValueError(f"concurrency {self.concurrency} must ascend")
-        if (self.baseline_url is None) != (self.draft_url is None):
-            raise ValueError("give baseline_url and draft_url, or neither: a benchmark takes two servers")
-        if self.engine == "openai" and self.draft_url is None:
-            raise ValueError("engine openai starts no server: give baseline_url and draft_url")
+    def _check(self) -> SglangSpeculation:
+        if self.eagle_topk == 1 and self.num_draft_tokens != self.num_steps + 1:
+            raise ValueError(
+                f"num_draft_tokens {self.num_draft_tokens} with eagle_topk 1: a chain of {self.num_steps} steps has "
+                f"{self.num_steps + 1}, SGLang counts the root"
+            )
         return self
 
 
-class Bench(Section):
-    prompt_sets: list[str] = Field(default=["heldout"], min_length=1)
-    """Names of `prompt_sets`, or `heldout` (prompts of the eval split)."""
-    num_prompts: Count = 20
-    """Questions per set, taken evenly over the set."""
-    max_new_tokens: Count = 128
-    """Per turn, the same for every engine."""
-    max_turns: Count = 2
-    """Turns of a question that are asked, each with the answers so far as history."""
-    num_speculative_tokens: Count | Literal["auto"] = "auto"
-    """K; `auto` takes the fastest of `sweep` on held-out prompts, never on the benchmark."""
-    sweep: list[Count] = [1, 2, 3, 4]
-    sweep_prompts: Count = 4
-    temperature: NonNegative = 0.0
-    repeats: Annotated[int, Field(ge=3)] = 3
-    """Passes over every prompt; the order of the engines alternates."""
-    prompt_lookup: bool = True
-    """Also run n-gram drafting through the same verifier, as a reference row."""
-    stock_generate: bool = True
-    """Also time transformers' own generate() on some prompts, as a reference row."""
-    serve: BenchServe | None = None
-    """Also measure through inference servers; null: in process only."""
-    seed: Seed = 0
+class Speculation(Section):
+    """How this target is best served with its draft; `specflow tune F --write` measures and writes it."""
+
+    num_speculative_tokens: Annotated[int, Field(ge=0)]
+    """K of a chain, for engines that draft chains (vLLM); 0: serve the target alone."""
+    sglang: SglangSpeculation | None = None
+    """For SGLang, which also drafts trees; null: the chain of num_speculative_tokens."""
 
 
 class Serve(Section):
@@ -253,6 +219,8 @@ class Serve(Section):
     """Servers started side by side; requests go to the least busy."""
     extra_args: list[str] = []
     """Words appended to the engine's command line as they are."""
+    speculative: Speculation | None = None
+    """What `specflow serve` drafts unless told otherwise; null: export.num_speculative_tokens."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the key of `url`. The key itself is never written anywhere."""
     start_timeout_s: Positive = 1800.0
@@ -329,7 +297,7 @@ class Params(Section):
     Default: under .specflow/ of the project. Makes no result stale.
     """
     prompt_sets: dict[str, Source] = {}
-    """Benchmark questions by name: jsonl of `question_id, category, turns` (or HumanEval's layout)."""
+    """Benchmark questions by name, in a layout that data/prompt_sets.py knows."""
     families: dict[str, Family] = Field(min_length=1)
     offline: list[str] = []
     """Families that train from the hidden-state store."""
@@ -354,8 +322,8 @@ class Params(Section):
                 )
         for name, family in self.families.items():
             for prompt_set in family.bench.prompt_sets:
-                if prompt_set != "heldout" and prompt_set not in self.prompt_sets:
-                    known = ["heldout", *sorted(self.prompt_sets)]
+                if prompt_set != HELDOUT and prompt_set not in self.prompt_sets:
+                    known = [HELDOUT, *sorted(self.prompt_sets)]
                     raise ValueError(f"families.{name}.bench.prompt_sets has {prompt_set!r}; known are {known}")
         return self
 
@@ -387,8 +355,9 @@ def parse_params(raw: Any, where: str = "params.yaml") -> Params:
 
 def _first_problem(error: ValidationError) -> str:
     problems = error.errors()
-    first = problems[0]
-    location = ".".join(str(part) for part in first["loc"])
+    # a misspelt required key is missing as well: its own name helps more
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
+    location = ".".join(str(part) for part in first["loc"] if part not in TREE_KINDS)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _known_keys(first["loc"][:-1])

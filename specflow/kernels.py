@@ -56,16 +56,22 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 class PrepackedLinear(nn.Module):
-    """nn.Linear for inference with its weight in oneDNN's blocked layout; the plain weight is not kept."""
+    """nn.Linear for inference with its weight in oneDNN's blocked layout; the plain weight is not kept.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    With a `dtype` the product runs in it; what comes in and what comes out keep the dtype of `x`.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
-        self.bias = bias
+        self.dtype = dtype or weight.dtype
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self.dtype).contiguous())
+        self.bias = None if bias is None else bias.to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        if x.dtype == self.dtype:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.packed, self.bias, "none", [], "").to(x.dtype)
 
 
 def packable(weight: Tensor) -> bool:
@@ -73,17 +79,22 @@ def packable(weight: Tensor) -> bool:
     return _ONEDNN and weight.device.type == "cpu" and weight.dtype in _PACKABLE
 
 
-def prepack(model: nn.Module, kinds: tuple[type[nn.Linear], ...] = (nn.Linear,)) -> nn.Module:
-    """Replace every linear layer of exactly these `kinds` below `model` by its prepacked form, in place, where this CPU
-    gains from it.
+def fast_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 natively; elsewhere it is converted at every use."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
-    For inference only. Leaves anything but fp32 or bf16 on CPU untouched, so a GPU path stays plain torch.
+
+def prepack(model: nn.Module) -> nn.Module:
+    """Replace every linear layer below `model` by its prepacked form, in place, where this CPU gains from it.
+
+    For inference only. Exact types: a subclass with a forward of its own stays. Leaves anything but fp32 or bf16 on CPU
+    untouched, so a GPU path stays plain torch.
     """
     if not _ONEDNN:
         return model
     for name, child in model.named_children():
-        if isinstance(child, nn.Linear) and type(child) in kinds and packable(child.weight):
+        if type(child) is nn.Linear and packable(child.weight):
             setattr(model, name, PrepackedLinear(child.weight, child.bias))
         else:
-            prepack(child, kinds)
+            prepack(child)
     return model

@@ -70,7 +70,9 @@ class Paths:
 
     @property
     def report(self) -> Path:
-        """Folder over all families: report.md, report.html. Not in `artifacts`, all of which its stage depends on."""
+        """Folder over all families: report.{html,md} and <family>.{html,md}. Not in `artifacts`: its stage depends on
+        all of that.
+        """
         return self.root / "report"
 
     @property

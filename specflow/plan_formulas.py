@@ -249,13 +249,14 @@ def train(family: Family, shape: Shape, a: Assumptions, *, online: bool = False)
 
 
 def bench(family: Family, shape: Shape, a: Assumptions) -> Estimate:
-    """Requests of one row, each engine as slow as the target alone (a draft that pays is quicker): per question and
-    turn `repeats` of target and draft, one of lookup; the sweep over K; answers at their longest.
+    """Requests of one row, each engine as slow as the target alone (a draft that pays is quicker): of a question, a
+    sample and a turn `repeats` of target and draft, one of each reference row; the sweep over K; longest answers.
     """
     settings = family.bench
-    requests = len(settings.prompt_sets) * settings.num_prompts * settings.max_turns
-    passes = 2 * settings.repeats + settings.prompt_lookup
-    swept = settings.sweep_prompts * (1 + len(settings.sweep)) if settings.num_speculative_tokens == "auto" else 0
+    requests = len(settings.prompt_sets) * settings.num_prompts * settings.max_turns * settings.num_samples
+    bounds = 2 * (settings.bounds and settings.greedy)
+    passes = 2 * settings.repeats + settings.prompt_lookup + bounds + (settings.assistant is not None)
+    swept = settings.sweep_prompts * (1 + len(settings.sweep)) if settings.sweeps else 0
     tokens = (requests * passes + swept) * settings.max_new_tokens
     step_s = decode_step_s(family, shape, a, 1, a.prompt_tokens + settings.max_new_tokens / 2)
     size = ITEMSIZE[family.target.dtype]

@@ -96,6 +96,14 @@ def results_text(params_path: Path) -> str:
     return "\n\n".join([*blocks, "\n".join([*where, f"Runs:   {where_to_look(Path())}"])])
 
 
+REFERENCE_ROWS = {
+    "lookup": "n-gram lookup",
+    "assistant": "assistant model",
+    "oracle": "always right",
+    "null": "always wrong",
+}
+
+
 def family_table(name: str, summary: dict[str, Any]) -> str:
     """The benchmark of one family, from its summary.json, as text in columns."""
     from specflow.compare import table
@@ -103,17 +111,33 @@ def family_table(name: str, summary: dict[str, Any]) -> str:
     header = ["prompt set", "acceptance", "survival by position", "tok/s", "without", "speedup [95 % CI]", "lossless"]
     rows = []
     for set_name, result in summary["sets"].items():
-        low, high = result["speedup_ci"]
-        rows.append(
-            [
-                set_name,
-                f"{result['acceptance_length']:.2f}",
-                " ".join(f"{rate:.2f}" for rate in result["survival"]),
-                f"{result['tok_s']:.1f}",
-                f"{result['baseline_tok_s']:.1f}",
-                f"{result['speedup']:.2f}x [{low:.2f}, {high:.2f}]",
-                {True: "yes", False: "NO", None: "sampled"}[result["lossless"]],
-            ]
-        )
-    title = f"{name}, {summary['num_speculative_tokens']} drafted tokens a step"
-    return "\n".join([title, table(header, rows), summary["verdict"]])
+        rows.append([set_name, *_cells(result, " ".join(f"{rate:.2f}" for rate in result["survival"]))])
+        references = result["references"]
+        rows += [[f"  {what}", *_cells(references[k], "")] for k, what in REFERENCE_ROWS.items() if k in references]
+    return "\n".join([f"{name}, {drafting(summary)}", table(header, rows), summary["verdict"]])
+
+
+def drafting(summary: dict[str, Any]) -> str:
+    """How many tokens a step drafts, in words."""
+    depth, tree = summary["num_speculative_tokens"], summary.get("tree")
+    if tree is None:
+        return f"{depth} drafted tokens a step"
+    most = len(tree["branches"]) if "branches" in tree else tree["total_token"] - 1
+    return f"{'a static' if 'branches' in tree else 'a dynamic'} tree of at most {most} nodes, {depth} deep"
+
+
+def _cells(result: dict[str, Any], survival: str) -> list[str]:
+    """What a prompt set or a reference row has below the header; `-` for what was not measured."""
+    speedup, interval = _number(result["speedup"], "{:.2f}x"), result.get("speedup_ci")
+    return [
+        _number(result["acceptance_length"], "{:.2f}"),
+        survival,
+        _number(result["tok_s"], "{:.1f}"),
+        _number(result["baseline_tok_s"], "{:.1f}"),
+        speedup if interval is None else f"{speedup} [{interval[0]:.2f}, {interval[1]:.2f}]",
+        {True: "yes", False: "NO", None: "sampled"}[result["lossless"]],
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

@@ -15,18 +15,16 @@ from typing import Any
 import numpy as np
 
 from specflow import results
-from specflow.bench.metrics import NUM_RESAMPLES, Record, paired
+from specflow.bench.intervals import Sums, bootstrap, speed_sums, speedup_of
+from specflow.bench.records import BASELINE, DRAFT, Record, paired
 from specflow.compare import CONDITIONS
 from specflow.config import Params
 from specflow.errors import UserError
 from specflow.files import read_json, read_jsonl, sha256_file
 from specflow.paths import Paths, project_home
 
-LEVEL = 0.95
 SEED = 0
 """Of the bootstrap: the same two benchmarks always give the same decision."""
-LEAST_LENGTH = 1.02
-"""Below this acceptance length weights or template are wrong, whatever the clock says (as in the verdict)."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +57,13 @@ def read_evidence(folder: Path) -> Evidence:
 
 def shortcomings(draft: Evidence) -> list[str]:
     """Why a draft may not be champion whatever it is compared with; empty where nothing speaks against it."""
-    overall = draft.summary["overall"]
-    low, high = overall["speedup_ci"]
-    found = []
-    if overall["lossless"] is False:
-        found.append(
-            f"its greedy output differs from the target's own in {1 - overall['lossless_rate']:.1%} of the runs"
-        )
-    if overall["acceptance_length"] < LEAST_LENGTH:
-        found.append(f"its acceptance length is {overall['acceptance_length']:.2f}: wrong weights or template")
-    if overall["num_questions"] < 2:
-        found.append("it was measured on one question, which gives no interval")
-    if low <= 1.0:
-        found.append(f"the interval of its speedup, {low:.2f} to {high:.2f}, does not lie above 1")
-    return found
+    conclusion = draft.summary.get("conclusion")
+    if conclusion is None:
+        return ["its benchmark was made before everything was checked that a conclusion needs: benchmark it again"]
+    if conclusion["reasons"]:
+        return [f"its benchmark allows no conclusion: {reason}" for reason in conclusion["reasons"]]
+    low, high = draft.summary["overall"]["speedup_ci"]
+    return [] if low > 1.0 else [f"the interval of its speedup, {low:.2f} to {high:.2f}, does not lie above 1"]
 
 
 def differences(new: Evidence, old: Evidence) -> list[str]:
@@ -85,11 +76,11 @@ def differences(new: Evidence, old: Evidence) -> list[str]:
         found.append("a benchmark from before the engine's code was recorded")
     if found:
         return found
-    asked = [{(*r.request, r.num_prompt_tokens) for r in evidence.of("baseline")} for evidence in (new, old)]
+    asked = [{(*r.request, r.num_prompt_tokens) for r in evidence.of(BASELINE)} for evidence in (new, old)]
     if asked[0] != asked[1]:
         return [f"{len(asked[0] ^ asked[1])} of {len(asked[0] | asked[1])} prompts are not in both"]
     if new.summary["settings"]["temperature"] == 0.0:
-        answers = [{r.request: r.token_ids for r in evidence.of("baseline")} for evidence in (new, old)]
+        answers = [{r.request: r.token_ids for r in evidence.of(BASELINE)} for evidence in (new, old)]
         if answers[0] != answers[1]:
             return ["the target alone answers otherwise now, so it is not the same target or engine"]
     return []
@@ -101,30 +92,17 @@ def paired_interval(new: Evidence, old: Evidence) -> tuple[float, float, float]:
     Each speedup is a ratio of sums: tokens per second with the draft over those of the target alone, of its own run. A
     question's turns and repeats stay together; each resample draws the same questions for both drafts.
     """
-    sums = [_by_question(evidence) for evidence in (new, old)]
-    questions = sorted(sums[0])
-    assert questions == sorted(sums[1]), "checked by differences()"
-    tables = [np.array([by[question] for question in questions]) for by in sums]
-    chosen = np.random.default_rng(SEED).integers(len(questions), size=(NUM_RESAMPLES, len(questions)))
-    value = _speedup(tables[0].sum(axis=0)) / _speedup(tables[1].sum(axis=0))
-    ratios = _speedup(tables[0][chosen].sum(axis=1)) / _speedup(tables[1][chosen].sum(axis=1))
-    low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(value), float(low), float(high)
+    sums = [speed_sums(paired(evidence.of(BASELINE), evidence.of(DRAFT))) for evidence in (new, old)]
+    assert list(sums[0]) == list(sums[1]), "checked by differences()"
+    both = [np.concatenate(parts) for parts in zip(sums[0].values(), sums[1].values(), strict=True)]
 
+    def ratio(table: Sums) -> Sums:
+        found: Sums = speedup_of(table[..., :4]) / speedup_of(table[..., 4:])
+        return found
 
-def _by_question(evidence: Evidence) -> dict[tuple[str, str], np.ndarray]:
-    """Baseline tokens, baseline seconds, draft tokens, draft seconds of each question."""
-    sums: dict[tuple[str, str], np.ndarray] = {}
-    for base, draft in paired(evidence.of("baseline"), evidence.of("draft")):
-        parts = np.array([len(base.token_ids), base.total_s, len(draft.token_ids), draft.total_s])
-        key = (base.set, base.question_id)
-        sums[key] = sums.get(key, 0.0) + parts
-    return sums
-
-
-def _speedup(sums: np.ndarray) -> np.ndarray:
-    """[..., 4] sums of _by_question -> [...]"""
-    return (sums[..., 2] / sums[..., 3]) / (sums[..., 0] / sums[..., 1])
+    interval = bootstrap(both, ratio, seed=SEED)
+    assert interval is not None, "a draft without questions has shortcomings()"
+    return float(ratio(np.sum(both, axis=0))), *interval
 
 
 def decide(new: Evidence, champion: Iterable[Evidence] | None) -> Decision:
@@ -132,12 +110,13 @@ def decide(new: Evidence, champion: Iterable[Evidence] | None) -> Decision:
 
     None means that the family has no champion.
     """
-    overall = new.summary["overall"]
-    low, high = overall["speedup_ci"]
-    told = [
-        f"The new draft {new.digest[:12]} reaches {overall['speedup']:.2f}x (95 % interval {low:.2f} to {high:.2f}) at "
-        f"acceptance length {overall['acceptance_length']:.2f}."
-    ]
+    overall, told = new.summary["overall"], []
+    if overall["speedup_ci"] is not None:
+        low, high = overall["speedup_ci"]
+        told.append(
+            f"The new draft {new.digest[:12]} reaches {overall['speedup']:.2f}x (95 % interval {low:.2f} to "
+            f"{high:.2f}) at acceptance length {overall['acceptance_length']:.2f}."
+        )
     if overall["lossless"] is None:
         told.append("It was measured with sampling, so the benchmark says nothing about losslessness.")
     if found := shortcomings(new):

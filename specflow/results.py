@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from specflow.bench.records import REFERENCES
 from specflow.config import Params
 from specflow.files import sha256_json
 from specflow.paths import Paths
@@ -27,6 +28,7 @@ STAGE_ARTIFACTS = {
     "bench": [
         "bench/summary.json",
         "bench/records.jsonl",
+        "bench/scores.jsonl",
         "bench/served.json",
         "bench/served_records.jsonl",
         "plots/survival.json",
@@ -67,31 +69,56 @@ def headline(stage: str, metrics: dict[str, float], paths: Paths) -> dict[str, f
     summary = json.loads(file.read_text(encoding="utf-8"))
     named = _bench_names(summary["overall"])
     named |= {f"bench/{key}": value for key, value in known.items() if not _said_already(key)}
+    named |= _extra_names(summary)
     for name, result in summary["sets"].items():
         named |= {f"{name}/{key.replace('/', '_')}": value for key, value in _bench_names(result).items()}
     return named
 
 
 def _bench_names(result: dict[str, Any]) -> dict[str, float]:
-    low, high = result["speedup_ci"]
-    return {
+    names: dict[str, float | None] = {
         "accept/length": result["acceptance_length"],
         "bench/speedup": result["speedup"],
         **{f"accept/pos_{i}": rate for i, rate in enumerate(result["survival"], 1)},
-        "bench/speedup_low": low,
-        "bench/speedup_high": high,
+    }
+    for name, interval in (("accept/length", "acceptance_length_ci"), ("bench/speedup", "speedup_ci")):
+        names[f"{name}_low"], names[f"{name}_high"] = result.get(interval) or (None, None)
+    names |= {
+        "accept/length_macro": result["acceptance_length_macro"],
+        "bench/speedup_mean_of_ratios": result["speedup_mean_of_ratios"],
         "bench/tok_s": result["tok_s"],
         "bench/baseline_tok_s": result["baseline_tok_s"],
         # Under sampling outputs may differ and the field is null.
-        **({"bench/lossless": float(result["lossless"])} if result["lossless"] is not None else {}),
+        "bench/lossless": result["lossless"],
     }
+    return {name: float(value) for name, value in names.items() if value is not None}
+
+
+def _extra_names(summary: dict[str, Any]) -> dict[str, float]:
+    """What not every benchmark has: reference rows, accuracy, several requests at once, a tree, drift."""
+    names: dict[str, float | None] = {}
+    for engine, row in summary["overall"].get("references", {}).items():
+        names[f"reference/{engine}_speedup"] = row["speedup"]
+        names[f"reference/{engine}_accept_length"] = row["acceptance_length"]
+    for name, row in (summary.get("accuracy") or {}).items():
+        names |= {f"accuracy/{name}_{key}": row[key] for key in ("baseline", "draft", "difference")}
+    for row in summary.get("batch") or []:
+        names |= {f"batch/{row['batch_size']}_{key}": row[key] for key in ("speedup", "tok_s", "acceptance_length")}
+    if summary.get("tree") is not None:
+        names["bench/drafted_per_step"] = summary["overall"]["drafted_per_step"]
+    if summary.get("drift") is not None:
+        names["bench/drift"] = summary["drift"]["baseline_change"]
+    return {name: float(value) for name, value in names.items() if value is not None}
 
 
 def _said_already(key: str) -> bool:
     """Keys of metrics/bench.json that the names made from the summary repeat."""
-    repeated = ("acceptance_length", "speedup", "speedup_ci_low", "speedup_ci_high", "tok_s", "baseline_tok_s")
-    return key in repeated or key.startswith("survival_") or "." in key
+    repeated = ("acceptance_length", "speedup", "tok_s", "baseline_tok_s", "acceptance_length_macro")
+    bounds = ("speedup_ci_", "acceptance_length_ci_", "survival_", "accuracy_", "batch_", "drift")
+    return key in repeated or key.startswith(bounds) or key in REFERENCE_KEYS or "." in key
 
+
+REFERENCE_KEYS = tuple(f"{engine}_speedup" for engine in REFERENCES)
 
 COMPARED = ("bench", "train_offline", "train_online", "vocab")
 """Stages whose metrics are compared between pipeline runs; the others' counts stay with their own runs."""
@@ -131,6 +158,9 @@ def conditions(summary: dict[str, Any]) -> dict[str, str]:
     identity, settings = summary["identity"], summary["settings"]
     versions = identity["versions"]
     asked = {key: settings[key] for key in ("questions", "max_new_tokens", "max_turns", "temperature")}
+    # Only where they are set: the digest of a benchmark from before they existed stays what it was.
+    since = {"top_p": 1.0, "top_k": 0, "num_samples": 1}
+    asked |= {key: settings[key] for key, off in since.items() if settings.get(key, off) != off}
     return {
         "target_digest": identity["target"]["digest"],
         "target_dtype": identity["target"]["dtype"],
@@ -144,7 +174,7 @@ def conditions(summary: dict[str, Any]) -> dict[str, str]:
 def artifacts(stage: str, paths: Paths) -> list[Path]:
     """Result files of a stage that exist."""
     if stage == "report":
-        return sorted(paths.report.glob("report.*"))
+        return sorted(file for name in ("report", paths.family) for file in paths.report.glob(f"{name}.*"))
     files = [paths.base / name for name in STAGE_ARTIFACTS.get(stage, [])]
     return [file for file in files if file.exists()]
 

@@ -50,7 +50,7 @@ def split(stage: str, name: str, resources: Resources) -> Resources:
     """
     if resources.shards == 1 or stage not in SHARDED:
         return replace(resources, shards=1)
-    if stage == "bench" and (resources.gpus == 0 or not (ray_address() or _has_gpus())):
+    if stage == "bench" and (resources.gpus == 0 or not (ray_address() or has_gpus())):
         logger.info("%s@%s: not split, its shares would disturb each other's timing on the CPU", stage, name)
         return replace(resources, shards=1)
     return resources
@@ -97,7 +97,7 @@ def ray_address() -> str | None:
     return os.environ.get(RAY_ADDRESS) or None
 
 
-def _has_gpus() -> bool:
+def has_gpus() -> bool:
     from specflow import gpus
 
     try:
@@ -109,17 +109,26 @@ def _has_gpus() -> bool:
 def _as_processes(
     stage: str, name: str, params_path: Path, shares: Sequence[Share], resources: Resources, *, first: bool
 ) -> list[dict[str, float]]:
+    def command(share: Share) -> list[str]:
+        words = ["shard", stage, name, "--index", str(share.index), "--count", str(share.count), "--tied"]
+        only = ["--first"] if first else []
+        return [sys.executable, "-m", "specflow", *words, "--params", str(params_path), *only]
+
+    return run_processes(f"{stage}@{name}", shares, command)
+
+
+def run_processes(what: str, shares: Sequence[Share], command: Callable[[Share], list[str]]) -> list[dict[str, float]]:
     """Run shares as processes of this machine; all of them are ended when this one is interrupted or one fails.
 
-    They stay in this process's group, so that a signal to the group reaches them, and end when their input closes, so
-    that none outlives a SIGKILL of this process.
+    Each prints its result as a line of JSON. They stay in this process's group, so that a signal to the group reaches
+    them, and end when their input closes, so that none outlives a SIGKILL of this process.
     """
     running: dict[Share, subprocess.Popen[str]] = {}
     restarts = dict.fromkeys(shares, 0)
     results: dict[Share, dict[str, float]] = {}
     try:
         for share in shares:
-            running[share] = _start(stage, name, params_path, share, first=first)
+            running[share] = _start(command(share), share)
         while running:
             time.sleep(POLL_S)
             for share, process in list(running.items()):
@@ -128,10 +137,10 @@ def _as_processes(
                 del running[share]
                 if code in KILLED and restarts[share] < MAX_RESTARTS:
                     restarts[share] += 1
-                    logger.warning("%s@%s: %s was killed (%d), starting it again", stage, name, share.name, code)
-                    running[share] = _start(stage, name, params_path, share, first=first)
+                    logger.warning("%s: %s was killed (%d), starting it again", what, share.name, code)
+                    running[share] = _start(command(share), share)
                 elif code != 0:
-                    raise _failure(f"{stage}@{name}: {share.name}", code)
+                    raise _failure(f"{what}: {share.name}", code)
                 else:
                     assert process.stdout is not None
                     results[share] = json.loads(process.stdout.read().splitlines()[-1])
@@ -140,15 +149,10 @@ def _as_processes(
     return [results[share] for share in shares]
 
 
-def _start(stage: str, name: str, params_path: Path, share: Share, *, first: bool) -> subprocess.Popen[str]:
-    words = ["shard", stage, name, "--index", str(share.index), "--count", str(share.count), "--tied"]
+def _start(command: list[str], share: Share) -> subprocess.Popen[str]:
     quiet = {"TQDM_DISABLE": "1"} if share.index else {}  # one bar stands for all
     return subprocess.Popen(
-        [sys.executable, "-m", "specflow", *words, "--params", str(params_path), *(["--first"] if first else [])],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **quiet},
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **quiet}
     )
 
 

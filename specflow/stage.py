@@ -52,7 +52,6 @@ THIRD_PARTY_LOGGERS = (
     "httpx",
     "huggingface_hub",
     "filelock",
-    "matplotlib",
 )
 
 logger = logging.getLogger("specflow")

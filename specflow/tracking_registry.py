@@ -62,7 +62,7 @@ def register_draft(client: MlflowClient, run_id: str, paths: Paths, tags: dict[s
 
 def _version_tags(summary: dict[str, Any], paths: Paths) -> dict[str, str]:
     overall = summary["overall"]
-    low, high = overall["speedup_ci"]
+    ends = dict(zip(("speedup_low", "speedup_high"), overall["speedup_ci"] or (), strict=False))
     export = results.locked_export(paths)
     return {
         **results.conditions(summary),
@@ -70,8 +70,7 @@ def _version_tags(summary: dict[str, Any], paths: Paths) -> dict[str, str]:
         "num_speculative_tokens": str(summary["num_speculative_tokens"]),
         "acceptance_length": f"{overall['acceptance_length']:.4f}",
         "speedup": f"{overall['speedup']:.4f}",
-        "speedup_low": f"{low:.4f}",
-        "speedup_high": f"{high:.4f}",
+        **{end: f"{value:.4f}" for end, value in ends.items()},
         "lossless": {True: "yes", False: "no", None: "sampled"}[overall["lossless"]],
         **({"dvc_export_md5": export} if export else {}),
     }

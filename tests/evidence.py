@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from specflow import files
-from specflow.bench import metrics
-from specflow.bench.metrics import Record
+from specflow.bench.records import Record
+from specflow.bench.summary import summary_of
 from specflow.files import sha256_bytes
 from specflow.paths import Paths
 
@@ -49,9 +49,6 @@ def make_records(speedups: dict[str, float], *, base_s: float = BASE_S, repeats:
 
 def make_summary(records: list[Record], *, draft: str = "draft", **changes: Any) -> dict[str, Any]:
     """The summary of these records. `changes` replace keys of its settings or identity, whichever has them."""
-    overall = metrics.summarise(records, num_speculative_tokens=1, temperature=0.0, seed=0)
-    of = {engine: [r for r in records if r.engine == engine] for engine in ("baseline", "draft")}
-    costs = metrics.cost(of["baseline"], of["draft"], overall["acceptance_length"])
     summary = {
         "family": "tiny",
         "settings": {
@@ -69,10 +66,7 @@ def make_summary(records: list[Record], *, draft: str = "draft", **changes: Any)
             "draft_digest": sha256_bytes(draft.encode()),
         },
         "num_speculative_tokens": 1,
-        "sets": {"questions": overall},
-        "overall": overall,
-        "cost": costs,
-        "verdict": metrics.verdict(overall, costs, 1),
+        **summary_of(records, num_speculative_tokens=1, greedy=True, seed=0),
     }
     for key, value in changes.items():
         summary["settings" if key in summary["settings"] else "identity"][key] = value

@@ -1,217 +1,321 @@
-"""Figures of the report as inline SVG: transparent, sized for a phone column, text in the page's own colour."""
+"""Charts of benchmarks, as Altair makes them; page.py turns them into snippets. Numbers come in, none is computed."""
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
+import altair as alt
 
-matplotlib.use("svg")
+from specflow.page import AXIS, SERIES
 
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-SERIES = ("#3b82c4", "#dd7f1d", "#2f9e74", "#c05a97", "#8a78d0", "#9a8a3c")
-"""Mid-tones that keep their contrast on white and on near-black."""
-TEXT = "#010203"
-"""Stands for the page's text colour; replaced by `currentColor` in the SVG."""
-MAX_POINTS = 200
-SERVED_SIDES = {"draft": "with the draft", "baseline": "target alone"}
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "text.color": TEXT,
-    "axes.labelcolor": TEXT,
-    "axes.edgecolor": "#8a8a8a",
-    "xtick.color": TEXT,
-    "ytick.color": TEXT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#8a8a8a",
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 4.5,
-}
+MAX_POINTS = 120
+"""Of a line: more than a column of a page can show."""
+NUMBER = ",.10~g"
+"""Thousands apart, no exponent, no trailing zeros."""
+ALONE, DRAFT, PLAIN, TRAINED = "target alone", "with the draft", "plain step", "training's eval"
+"""Series that look the same in every figure."""
+SIDES = {DRAFT: SERIES[0], ALONE: SERIES[7], PLAIN: SERIES[7]}
+Chart = alt.Chart | alt.LayerChart
+Row = Mapping[str, Any]
 
 
-def speedup_figure(sets: dict[str, dict[str, Any]], title: str = "Speedup by prompt set") -> str:
-    """Speedup with its interval by row, n-gram drafting beside it where it was measured."""
-    with plt.rc_context(STYLE):
-        figure, axes = _axes(height=0.62 + 0.52 * len(sets))
-        for row, result in enumerate(reversed(sets.values())):
-            low, high = result["speedup_ci"]
-            value = result["speedup"]
-            error = [[max(value - low, 0.0)], [max(high - value, 0.0)]]
-            axes.errorbar(
-                value, row, xerr=error, fmt="o", color=SERIES[0], capsize=3, label="draft" if row == 0 else None
-            )
-            if result.get("lookup"):
-                label = "n-gram lookup" if row == 0 else None
-                axes.plot(result["lookup"]["speedup"], row, "D", color=SERIES[1], markersize=4, label=label)
-        axes.axvline(1.0, color="#8a8a8a", linewidth=1.2, linestyle="--")
-        axes.set_yticks(range(len(sets)), list(reversed(sets)))
-        axes.set_ylim(-0.6, len(sets) - 0.4)
-        axes.set_xlabel("speedup over the target alone (dashed: 1)")
-        axes.grid(axis="y", visible=False)
-        figure.legend(loc="outside upper right", ncols=2)
-        return _svg(figure, title)
+def intervals(rows: Sequence[Row], label: str, *, series: str = "engine", reference: float | None = 1.0) -> Chart:
+    """Points with their intervals by name. Rows: name, value, low, high (or null) and `series`."""
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    kinds = list(dict.fromkeys(row[series] for row in rows))
+    base = _chart([{**row, "interval": _interval(row)} for row in rows])
+    y = alt.Y("name:N", sort=names, title=None, axis=alt.Axis(grid=True, domain=False))
+    offset = {"yOffset": alt.YOffset(f"{series}:N", sort=kinds)} if len(kinds) > 1 else {}
+    color, opacity, params = _toggled(series, kinds)
+    x = alt.X("value:Q", title=label, scale=alt.Scale(zero=False, nice=True), axis=alt.Axis(tickCount=6))
+    tooltip = [
+        alt.Tooltip("name:N", title=" "),
+        alt.Tooltip(f"{series}:N", title="of"),
+        alt.Tooltip("value:Q", title=label.split(" over ")[0], format=".3f"),
+        alt.Tooltip("interval:N", title="95 % interval"),
+    ]
+    spans = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2.5).encode(
+        x=alt.X("low:Q", title=label), x2="high:Q", y=y, color=color, opacity=opacity, tooltip=tooltip, **offset
+    )  # fmt: skip
+    points = base.mark_point(size=70).encode(x=x, y=y, color=color, opacity=opacity, tooltip=tooltip, **offset)
+    layers = [spans.add_params(*params), points]
+    if reference is not None:
+        layers.insert(0, _rule(x=reference))
+    return alt.layer(*layers).properties(width="container", height=len(names) * (12 + 12 * len(kinds)))
 
 
-def survival_figure(curves: dict[str, Sequence[float]]) -> str:
-    """Share of steps in which the first i drafted tokens are all kept: prompt sets and training's own eval."""
-    with plt.rc_context(STYLE):
-        figure, axes = _axes()
-        for index, (label, survival) in enumerate(curves.items()):
-            line = "--" if label.startswith("training") else "-"
-            color = SERIES[index % len(SERIES)]
-            axes.plot(range(1, len(survival) + 1), survival, line, marker="o", label=label, color=color)
-        longest = max(len(survival) for survival in curves.values())
-        axes.set_xticks(range(1, longest + 1))
-        axes.set_ylim(0, 1)
-        axes.set_xlabel("position i of the draft")
-        axes.set_ylabel("first i kept")
-        axes.legend()
-        return _svg(figure, "Survival by position")
+def bars(
+    values: Mapping[str, float],
+    label: str,
+    form: str,
+    *,
+    domain: tuple[float, float] | None = None,
+    of_note: str | None = None,
+) -> Chart:
+    """One bar a row from zero, its value beside it by d3 format `form`; all but the row `of_note` are grey."""
+    rows = [{"name": name, "value": value} for name, value in values.items()]
+    top = max([*values.values(), 0.0]) or 1.0
+    x = alt.X(
+        "value:Q",
+        title=label or None,
+        scale=alt.Scale(domain=domain or (0, 1.2 * top), nice=False),
+        axis=alt.Axis(format=form.replace(".1%", ".0%"), tickCount=5, grid=True),
+    )
+    base = _chart(rows).encode(x=x, y=alt.Y("name:N", sort=list(values), title=None))
+    tooltip = [alt.Tooltip("name:N", title=" "), alt.Tooltip("value:Q", title=label or "value", format=form)]
+    drawn = base.mark_bar(height=alt.RelativeBandSize(0.62)).encode(tooltip=tooltip)
+    if of_note is not None:
+        own = alt.FieldEqualPredicate(field="name", equal=of_note)
+        drawn = drawn.encode(color=alt.when(own).then(alt.value(SIDES[DRAFT])).otherwise(alt.value(SIDES[ALONE])))
+    numbers = base.mark_text(align="left", dx=4).encode(text=alt.Text("value:Q", format=form))
+    return alt.layer(drawn, numbers).properties(width="container", height=24 * len(rows))
 
 
-def served_throughput_figure(levels: list[dict[str, Any]]) -> str:
-    """Output tokens per second by requests in flight, with the draft and without."""
-    with plt.rc_context(STYLE):
-        figure, axes = _axes()
-        xs = [level["concurrency"] for level in levels]
-        for index, (side, label) in enumerate(SERVED_SIDES.items()):
-            axes.plot(xs, [level[side]["tok_s"] for level in levels], marker="o", color=SERIES[index], label=label)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(xs, [str(x) for x in xs])
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("requests in flight")
-        axes.set_ylabel("output tok/s")
-        axes.legend()
-        return _svg(figure, "Output tokens per second by concurrency")
+def by_category(rows: Sequence[Row], label: str = "acceptance length") -> Chart:
+    """A length by category, from 1 (nothing accepted) on. Rows: name, series, value, speedup, tokens."""
+    kinds = list(dict.fromkeys(row["series"] for row in rows))
+    names = [row["name"] for row in rows]
+    # Two sets may share a category: then the set's name tells the rows apart.
+    rows = [
+        {**row, "start": 1, "row": f"{row['name']} ({row['series']})" if names.count(row["name"]) > 1 else row["name"]}
+        for row in rows
+    ]
+    color, opacity, params = _toggled("series", kinds)
+    tooltip = [
+        alt.Tooltip("series:N", title=" "),
+        alt.Tooltip("name:N", title="category"),
+        alt.Tooltip("value:Q", title=label, format=".3f"),
+        alt.Tooltip("speedup:Q", title="speedup", format=".2f"),
+        alt.Tooltip("tokens:Q", title="tokens", format=",d"),
+    ]
+    y = alt.Y("row:N", sort=[row["row"] for row in rows], title=None, axis=alt.Axis(grid=True, domain=False))
+    x = alt.X("value:Q", title=label, scale=alt.Scale(domainMin=1, nice=True), axis=alt.Axis(grid=True, tickCount=5))
+    base = _chart(rows).encode(y=y, color=color, opacity=opacity, tooltip=tooltip)
+    stems = base.mark_rule(strokeWidth=2).encode(x=alt.X("start:Q", title=label), x2="value:Q")
+    points = base.mark_point(size=70).encode(x=x)
+    return alt.layer(stems.add_params(*params), points).properties(width="container", height=22 * len(rows))
 
 
-def served_users_figure(levels: list[dict[str, Any]]) -> str:
-    """Tokens per second of one request against those of the server; points are labelled with requests in flight."""
-    with plt.rc_context(STYLE):
-        figure, axes = _axes()
-        for index, (side, label) in enumerate(SERVED_SIDES.items()):
-            told = [level for level in levels if level[side]["user_tok_s"] is not None]
-            xs = [level[side]["user_tok_s"] for level in told]
-            ys = [level[side]["tok_s"] for level in told]
-            axes.plot(xs, ys, marker="o", color=SERIES[index], label=label)
-            for level, x, y in zip(told, xs, ys, strict=True):
-                axes.annotate(str(level["concurrency"]), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
-        axes.margins(x=0.1, y=0.15)
-        axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("tok/s per user")
-        axes.set_ylabel("output tok/s")
-        axes.legend()
-        return _svg(figure, "Tokens per second per user against all")
+def lines(
+    rows: Sequence[Row],
+    x: str,
+    y: str,
+    *,
+    log2: bool = False,
+    whole: bool = False,
+    from_zero: bool = False,
+    percent: bool = False,
+    reference: float | None = None,
+    form: str = ",.3~f",
+    points: bool = True,
+    tooltip: Sequence[tuple[str, str, str]] = (),
+    dashed: Sequence[str] = (TRAINED,),
+    legend_columns: int = 3,
+    height: int = 230,
+) -> Chart:
+    """Lines by `series` over x. Rows: series, x, y and what `tooltip` names (field, title, format).
+
+    `log2`: x by doublings, ticks where something was measured; `whole`: x counts; `reference`: a dashed line across;
+    `dashed`: series drawn so.
+    """
+    kinds = list(dict.fromkeys(row["series"] for row in rows))
+    color, opacity, params = _toggled("series", kinds, legend_columns)
+    measured = sorted({row["x"] for row in rows})
+    axis = alt.Axis(format=NUMBER, tickCount=6)
+    if (whole or log2) and len(measured) <= 12:
+        axis = alt.Axis(values=measured, format="d")
+    kind = {"type": "log", "base": 2} if log2 else {"zero": False}
+    scale = alt.Scale(nice=False, padding=14, **kind) if whole or log2 else alt.Scale(nice=True, **kind)
+    y_scale = alt.Scale(domain=(0, 1)) if percent else alt.Scale(zero=from_zero, nice=True)
+    y_axis = alt.Axis(format=".0%", tickCount=5) if percent else alt.Axis(tickCount=5)
+    told = [alt.Tooltip("series:N", title=" ")] if len(kinds) > 1 else []
+    told += [alt.Tooltip("x:Q", title=x, format=NUMBER), alt.Tooltip("y:Q", title=y, format=".1%" if percent else form)]
+    told += [alt.Tooltip(f"{field}:Q", title=title, format=text) for field, title, text in tooltip]
+    base = _chart(rows).encode(
+        x=alt.X("x:Q", title=x, scale=scale, axis=axis),
+        y=alt.Y("y:Q", title=y, scale=y_scale, axis=y_axis),
+        color=color,
+        opacity=opacity,
+        tooltip=told,
+    )
+    drawn = base.mark_line().encode(order="x:Q")
+    if broken := [name for name in kinds if name in dashed]:
+        chosen = alt.FieldOneOfPredicate(field="series", oneOf=broken)
+        drawn = drawn.encode(strokeDash=alt.when(chosen).then(alt.value([5, 4])).otherwise(alt.value([1, 0])))
+    layers = [drawn.add_params(*params), base.mark_point(size=55 if points else 8)]
+    if reference is not None:
+        layers.insert(0, _rule(y=reference))
+    return alt.layer(*layers).properties(width="container", height=height)
 
 
-def sweep_figure(sweep: list[dict[str, float]], chosen: int) -> str:
-    """Speedup by number of drafted tokens, on held-out prompts."""
-    with plt.rc_context(STYLE):
-        figure, axes = _axes()
-        xs = [point["num_speculative_tokens"] for point in sweep]
-        axes.plot(xs, [point["speedup"] for point in sweep], marker="o", color=SERIES[0])
-        axes.axhline(1.0, color="#8a8a8a", linewidth=1.2, linestyle="--")
-        axes.margins(x=0.1, y=0.15)
-        axes.set_xticks(xs, [f"{k}\nAL {point['acceptance_length']:.2f}" for k, point in zip(xs, sweep, strict=True)])
-        axes.set_xlabel(f"drafted tokens K (taken: {chosen})")
-        axes.set_ylabel("speedup")
-        return _svg(figure, "Speedup by number of drafted tokens")
+def survival(curves: Mapping[str, Sequence[float]]) -> Chart:
+    """Share of steps in which the first i drafted tokens are all kept, by prompt set."""
+    rows = [
+        {"series": name, "x": i, "y": rate} for name, curve in curves.items() for i, rate in enumerate(curve, start=1)
+    ]
+    return lines(rows, "position i of the draft", "first i kept", whole=True, percent=True)
 
 
-def training_figure(training: list[dict[str, float]]) -> str:
-    """Loss of each TTT step, averaged in buckets where there are many optimizer steps."""
-    with plt.rc_context(STYLE):
-        figure, axes = _axes()
-        keys = sorted({key for point in training for key in point if re.fullmatch(r"loss_\d+", key)})
-        for index, key in enumerate(keys):
-            xs, ys = _buckets([(point["step"], point[key]) for point in training if key in point])
-            axes.plot(xs, ys, color=SERIES[index % len(SERIES)], label=f"step {index}")
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel("loss")
-        axes.legend(title="TTT", title_fontsize=8)
-        return _svg(figure, "Training loss by TTT step")
+def sweep(points: Sequence[Row], chosen: int) -> Chart:
+    """Speedup by number of drafted tokens; a ring marks the one taken."""
+    rows = [
+        {**point, "series": "speedup", "x": point["num_speculative_tokens"], "y": point["speedup"]} for point in points
+    ]
+    told = [("acceptance_length", "acceptance length", ".2f"), ("tok_s", "tok/s", ".1f")]
+    drawn = lines(rows, "drafted tokens K", "speedup", whole=True, reference=1.0, tooltip=told)
+    ring = _chart([row for row in rows if row["x"] == chosen]).mark_point(
+        size=220, filled=False, strokeWidth=2, color=SERIES[1]
+    )
+    return alt.layer(drawn, ring.encode(x="x:Q", y="y:Q"))
 
 
-def eval_figure(evals: list[dict[str, float]]) -> str:
+def tuned(predicted: Sequence[Row], measured: Sequence[Row]) -> Chart:
+    """Decode speedup by drafting steps: lines as predicted, rings as measured. Rows: series, x, y, tokens, length."""
+    told = [("tokens", "draft tokens, root included", "d"), ("length", "acceptance length", ".2f")]
+    drawn = lines(
+        predicted, "steps (drafted tokens on a path)", "speedup while decoding", whole=True, reference=1.0, tooltip=told
+    )
+    color = _color("series", list(dict.fromkeys(row["series"] for row in predicted)))
+    rings = _chart(measured).mark_point(size=190, filled=False, strokeWidth=2.5).encode(
+        x="x:Q",
+        y="y:Q",
+        color=color,
+        tooltip=[
+            alt.Tooltip("series:N", title="measured"),
+            alt.Tooltip("x:Q", title="steps"),
+            alt.Tooltip("y:Q", title="speedup", format=".2f"),
+            *(alt.Tooltip(f"{field}:Q", title=title, format=form) for field, title, form in told),
+        ],
+    )  # fmt: skip
+    return alt.layer(drawn, rings)
+
+
+def histogram(counts: Mapping[str, int]) -> Chart:
+    """Share of steps by acceptance length; lengths that never occurred have an empty place."""
+    total = sum(counts.values()) or 1
+    rows = [
+        {"x": length, "y": counts.get(str(length), 0) / total, "steps": counts.get(str(length), 0)}
+        for length in range(1, max(map(int, counts), default=1) + 1)
+    ]
+    tooltip = [
+        alt.Tooltip("x:O", title="acceptance length"),
+        alt.Tooltip("y:Q", title="share of steps", format=".1%"),
+        alt.Tooltip("steps:Q", title="steps", format=",d"),
+    ]
+    base = _chart(rows).encode(
+        x=alt.X("x:O", title="tokens emitted by a step", axis=alt.Axis(labelAngle=0)),
+        y=alt.Y("y:Q", title="share of steps", axis=alt.Axis(format=".0%", tickCount=5)),
+        tooltip=tooltip,
+    )
+    return alt.layer(
+        base.mark_bar(width=alt.RelativeBandSize(0.62)),
+        base.mark_text(dy=-7).encode(text=alt.Text("y:Q", format=".0%")),
+    ).properties(width="container", height=230)
+
+
+def stacked(rows: Sequence[Row], label: str) -> Chart:
+    """Parts of a whole by name, as one bar each. Rows: name, part, value."""
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    parts = list(dict.fromkeys(row["part"] for row in rows))
+    rows = [{**row, "order": parts.index(row["part"])} for row in rows]
+    return (
+        _chart(rows)
+        .mark_bar(height=alt.RelativeBandSize(0.6))
+        .encode(
+            x=alt.X("value:Q", title=label, axis=alt.Axis(grid=True, tickCount=5)),
+            y=alt.Y("name:N", sort=names, title=None),
+            color=_color("part", parts, columns=2),
+            order="order:Q",
+            tooltip=[
+                alt.Tooltip("name:N", title=" "),
+                alt.Tooltip("part:N", title="part"),
+                alt.Tooltip("value:Q", title="ms", format=".2f"),
+            ],
+        )
+        .properties(width="container", height=34 * len(names))
+    )
+
+
+def users(rows: Sequence[Row]) -> Chart:
+    """What one request gets against what the server gives in all. Rows: series, x, y, at (requests in flight)."""
+    kinds = list(dict.fromkeys(row["series"] for row in rows))
+    color, opacity, params = _toggled("series", kinds)
+    base = _chart(rows).encode(
+        x=alt.X("x:Q", title="tok/s per user", scale=alt.Scale(zero=True)),
+        y=alt.Y("y:Q", title="output tok/s of the server", scale=alt.Scale(zero=True)),
+        color=color,
+        opacity=opacity,
+        tooltip=[
+            alt.Tooltip("series:N", title=" "),
+            alt.Tooltip("at:Q", title="requests at once", format="d"),
+            alt.Tooltip("x:Q", title="tok/s per user", format=".1f"),
+            alt.Tooltip("y:Q", title="tok/s in all", format=".1f"),
+        ],
+    )
+    return alt.layer(
+        base.mark_line().encode(order="at:Q").add_params(*params),
+        base.mark_point(size=60),
+        base.mark_text(align="left", dx=7, dy=-6).encode(text="at:Q"),
+    ).properties(width="container", height=230)
+
+
+def training(points: Sequence[Row]) -> Chart:
+    """Loss of each step of training-time test, averaged in buckets where there are many optimizer steps."""
+    keys = sorted({key for point in points for key in point if re.fullmatch(r"loss_\d+", key)})
+    rows = [
+        {"series": f"TTT step {key.removeprefix('loss_')}", "x": x, "y": y}
+        for key in keys
+        for x, y in buckets([(point["step"], point[key]) for point in points if key in point])
+    ]
+    return lines(rows, "optimizer step", "loss", points=False)
+
+
+def evals(points: Sequence[Row]) -> Chart:
     """Expected acceptance length on held-out answers over training."""
-    with plt.rc_context(STYLE):
-        figure, axes = _axes()
-        xs, ys = [p["step"] for p in evals], [p["expected_acceptance_length"] for p in evals]
-        axes.plot(xs, ys, marker="o", color=SERIES[2])
-        best = max(range(len(ys)), key=ys.__getitem__)
-        axes.annotate(f"{ys[best]:.2f}", (xs[best], ys[best]), xytext=(0, 7), textcoords="offset points", ha="center")
-        axes.margins(x=0.1, y=0.22)
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel("expected acceptance length")
-        return _svg(figure, "Expected acceptance length over training")
+    rows = [{"series": "expected", "x": p["step"], "y": p["expected_acceptance_length"]} for p in points]
+    return lines(rows, "optimizer step", "expected acceptance length")
 
 
-def coverage_figure(coverage: dict[str, float], title: str = "Draft vocabulary coverage by category") -> str:
-    """Share of answer tokens that the draft vocabulary holds, by row."""
-    with plt.rc_context(STYLE):
-        figure, axes = _bars(coverage, "{:.1%}")
-        axes.set_xlim(0, 1.14)
-        axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
-        return _svg(figure, title)
-
-
-def bars_figure(values: dict[str, float], label: str, form: str, title: str) -> str:
-    """One bar a row from zero, its value written beside it by `form`."""
-    with plt.rc_context(STYLE):
-        figure, axes = _bars(values, form)
-        axes.set_xlim(0, 1.2 * max(values.values()) or 1.0)
-        axes.set_xlabel(label)
-        return _svg(figure, title)
-
-
-def _bars(values: dict[str, float], form: str) -> tuple[Figure, Axes]:
-    figure, axes = _axes(height=0.6 + 0.24 * len(values))
-    names = list(reversed(values))
-    axes.barh(names, [values[name] for name in names], color=SERIES[0], height=0.62)
-    for row, name in enumerate(names):
-        text = form.format(values[name])
-        axes.annotate(text, (values[name], row), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.grid(axis="y", visible=False)
-    return figure, axes
-
-
-def _axes(height: float = 2.6) -> tuple[Figure, Axes]:
-    return plt.subplots(figsize=(4.4, height), layout="constrained")
-
-
-def _buckets(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    size = -(-len(points) // MAX_POINTS)
+def buckets(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most MAX_POINTS means over equal runs of points, each at its run's last x."""
+    size = -(-len(points) // MAX_POINTS) or 1
     groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [group[-1][0] for group in groups], [sum(y for _, y in group) / len(group) for group in groups]
+    return [(group[-1][0], round(sum(y for _, y in group) / len(group), 4)) for group in groups]
 
 
-def _svg(figure: Figure, title: str) -> str:
-    """The bare <svg> element: scales to its column, labelled, without ids that two figures could share."""
-    stream = io.StringIO()
-    with plt.rc_context({"svg.hashsalt": title}):
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
-    plt.close(figure)
-    svg = stream.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = svg.replace(TEXT, "currentColor").replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
-    prefix = re.sub(r"\W+", "-", title.lower())
-    svg = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{prefix}-", svg)
-    return re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+def _chart(rows: Sequence[Row]) -> alt.Chart:
+    return alt.Chart(alt.Data(values=[dict(row) for row in rows]))
+
+
+def _interval(row: Row) -> str:
+    return "none" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
+
+
+def _rule(**at: float) -> alt.Chart:
+    """A dashed line across, at x or y."""
+    channels = {"x": alt.XDatum, "y": alt.YDatum}
+    encoded = {axis: channels[axis](value) for axis, value in at.items()}
+    return alt.Chart(alt.Data(values=[{}])).mark_rule(strokeDash=[5, 4], color=AXIS, strokeWidth=1.2).encode(**encoded)
+
+
+def _color(field: str, kinds: Sequence[str], columns: int = 3) -> alt.Color:
+    legend = alt.Legend(columns=columns) if len(kinds) > 1 else None
+    return alt.Color(f"{field}:N", scale=alt.Scale(domain=list(kinds), range=_range(kinds)), legend=legend)
+
+
+def _range(kinds: Sequence[str]) -> list[str]:
+    """A colour for each series; the two sides of a benchmark have theirs everywhere."""
+    colors = {name: SIDES[side] for name in kinds for side in SIDES if name.startswith(side)}
+    rest = [color for color in SERIES if color not in colors.values()]
+    others = [name for name in kinds if name not in colors]
+    return [colors.get(name) or rest[others.index(name) % len(rest)] for name in kinds]
+
+
+def _toggled(field: str, kinds: Sequence[str], columns: int = 3) -> tuple[alt.Color, Any, list[alt.Parameter]]:
+    """Colour, opacity and the legend that turns series on and off, where there are several."""
+    if len(kinds) < 2:
+        return _color(field, kinds), alt.value(1.0), []
+    chosen = alt.selection_point(fields=[field], bind="legend")
+    return _color(field, kinds, columns), alt.when(chosen).then(alt.value(1.0)).otherwise(alt.value(0.08)), [chosen]

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import specflow
+from specflow.errors import UserError
 from specflow.files import sha256_file, sha256_json
 from specflow.targets.model import TargetFacts
 
@@ -19,7 +20,7 @@ ENGINE_CODE = ("decoding", "drafters", "kernels.py", "targets/attention.py", "ta
 """Below the package: what a request runs through. Speeds measured by other code are other measurements."""
 
 
-def identity(facts: TargetFacts, draft_folder: Path, root: Path, device: torch.device) -> dict[str, Any]:
+def identity(facts: TargetFacts, draft_folder: Path | None, root: Path, device: torch.device) -> dict[str, Any]:
     """Machine, versions, digests and commit, JSON-able."""
     return {
         "cpu": cpu_model(),
@@ -43,7 +44,7 @@ def identity(facts: TargetFacts, draft_folder: Path, root: Path, device: torch.d
             "template_digest": facts.template_digest,
             "dtype": facts.dtype,
         },
-        "draft_digest": draft_digest(draft_folder),
+        "draft_digest": None if draft_folder is None else draft_digest(draft_folder),
         "git_commit": git_commit(root),
     }
 
@@ -57,7 +58,11 @@ def engine_digest() -> str:
 
 
 def draft_digest(folder: Path) -> str:
-    return sha256_file(folder / "model.safetensors")
+    """sha256 of the draft's weights: ours, or the pickled ones of a foreign draft."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return sha256_file(folder / name)
+    raise UserError(f"{folder} has no draft (model.safetensors): run `specflow export <family>`, or name its folder")
 
 
 def cpu_model() -> str:

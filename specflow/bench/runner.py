@@ -1,7 +1,8 @@
 """Runs benchmark requests: the same prompts by every engine, paired and in alternating order, one record each.
 
-Every engine answers the same prompts: a later turn's history is the baseline's first answer (which under greedy
-decoding is everyone's). Prompts too long for the context are an error on the first turn and counted on later ones.
+Every engine answers the same prompts: a later turn's history is the baseline's answer to the same sample (which under
+greedy decoding is everyone's). Prompts too long for the context are an error on the first turn and counted on later
+ones.
 """
 
 from __future__ import annotations
@@ -9,66 +10,27 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
-from specflow.bench.metrics import Record, acceptance, paired, speedup, tok_s
-from specflow.config import Bench
+from specflow.bench.metrics import acceptance, speedup, tok_s
+from specflow.bench.questions import prompt_tokens
+from specflow.bench.records import Record, paired, record_key
+from specflow.bench.settings import Bench
 from specflow.data.prompt_sets import Question
-from specflow.data.template import Message, encode, render
-from specflow.decoding.generate import Drafter, check_fits, generate
-from specflow.errors import UserError
+from specflow.data.template import Message
+from specflow.decoding.generate import Drafter, Generation, generate
+from specflow.decoding.known import KnownAnswerDrafter
 from specflow.files import RowLog, sha256_json
 from specflow.shares import MERGE, WHOLE, Share
 from specflow.targets.cached import CachedTarget
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 WARM_UP_TOKENS = 16
-STOCK_PROMPTS = 3
-_HISTORY_SLACK = 1.25  # answers are tokenised anew as history and may come out longer
-_LEAST_CACHE_TOKENS = 2048  # room that costs nothing until it is written
-
-
-def spread(questions: Sequence[Question], count: int) -> list[Question]:
-    """At most `count` questions, taken evenly over the sequence so that no category is left out by its place."""
-    count = min(count, len(questions))
-    return [questions[i * len(questions) // count] for i in range(count)]
-
-
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
-    return encode(tokenizer, render(tokenizer, messages, add_generation_prompt=True))
-
-
-def cache_length(
-    tokenizer: PreTrainedTokenizerBase,
-    sets: Mapping[str, Sequence[Question]],
-    bench: Bench,
-    num_speculative_tokens: int,
-    context: int,
-) -> int:
-    """Cache size in tokens that holds every question with all its turns, at most the model's `context`.
-
-    Raises UserError naming a question whose first turn does not fit.
-    """
-    needed = 0
-    for name, questions in sets.items():
-        for question in questions:
-            first = len(prompt_tokens(tokenizer, [{"role": "user", "content": question.turns[0]}]))
-            try:
-                check_fits(first, bench.max_new_tokens, num_speculative_tokens, context)
-            except UserError as error:
-                raise UserError(f"prompt set {name}, question {question.question_id}: {error}") from None
-            turns = question.turns[: bench.max_turns]
-            messages: list[Message] = []
-            for turn in turns:
-                messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": "."}]
-            history = len(prompt_tokens(tokenizer, messages[:-1]))
-            needed = max(needed, history + int(len(turns) * bench.max_new_tokens * _HISTORY_SLACK))
-    return min(context, max(needed + num_speculative_tokens, _LEAST_CACHE_TOKENS))
 
 
 @dataclass(frozen=True)
@@ -78,8 +40,28 @@ class Engine:
     name: str
     drafter: Drafter | None = None
     num_speculative_tokens: int = 0
-    max_repeats: int | None = None
-    """A reference row need not run in every repeat."""
+    only_repeat: int | None = None
+    """A reference row runs in one repeat: in the second where it has to know the baseline's answer."""
+
+    def runs_in(self, repeat: int) -> bool:
+        return self.only_repeat in (None, repeat)
+
+
+@dataclass(frozen=True)
+class PromptedTurn:
+    """A turn of a question with what was said before it."""
+
+    number: int
+    """Of the question, over all sets."""
+    set: str
+    question: Question
+    sample: int
+    turn: int
+    prompt: list[int]
+
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        return self.set, self.question.question_id, self.sample, self.turn
 
 
 class Runner:
@@ -95,22 +77,16 @@ class Runner:
         max_length: int,
     ) -> None:
         """Without a `target` every record must be in the log; `max_length` tokens fit the target's cache."""
-        self.target, self.tokenizer, self.eos_ids, self.bench, self.log, self.max_length = (
-            target,
-            tokenizer,
-            frozenset(eos_ids),
-            bench,
-            log,
-            max_length,
-        )
+        self.target, self.tokenizer, self.bench, self.log, self.max_length = target, tokenizer, bench, log, max_length
+        self.eos_ids = frozenset(eos_ids)
         self.num_skipped_turns = 0
-        self._answers: dict[tuple[str, str, int], str] = {}
+        self._answers: dict[tuple[str, str, int, int], list[int]] = {}
 
     def warm_up(self, engines: Sequence[Engine], question: Question) -> None:
         """One short request by each engine; its records are dropped."""
         prompt = prompt_tokens(self.tokenizer, [{"role": "user", "content": question.turns[0]}])
         for engine in engines:
-            self._generate(engine, prompt, min(WARM_UP_TOKENS, self.bench.max_new_tokens), 0)
+            self._generate(engine, prompt, min(WARM_UP_TOKENS, self.bench.max_new_tokens), 0, [])
 
     def run(
         self,
@@ -120,73 +96,71 @@ class Runner:
         *,
         desc: str,
         share: Share = WHOLE,
+        bar_stays: bool = True,
     ) -> list[Record]:
-        """Records of every request of `share`, engine and repeat. The order of the engines is reversed from request to
-        request and from repeat to repeat, in the same way in however many shares."""
-        assert engines[0].drafter is None, "the baseline comes first: later turns take its answers as history"
+        """Records of every request of `share`, engine and repeat. Later turns take the first engine's first answer as
+        history, which is the baseline's where it runs.
+
+        The order of the engines is reversed from request to request and from repeat to repeat, in the same way in
+        however many shares.
+        """
         records: list[Record] = []
-        total = sum(
-            min(repeats, engine.max_repeats or repeats) * min(len(question.turns), self.bench.max_turns)
-            for engine in engines
-            for _, _, question in _owned(sets, share)
-        )
-        with tqdm(total=total, desc=desc, unit="request") as bar:
+        runs = sum(engine.runs_in(repeat) for repeat in range(repeats) for engine in engines)
+        turns = sum(min(len(q.turns), self.bench.max_turns) for _, _, q in _owned(sets, share))
+        with tqdm(total=runs * turns * self.bench.num_samples, desc=desc, unit="request", leave=bar_stays) as bar:
             for repeat in range(repeats):
-                active = [engine for engine in engines if engine.max_repeats is None or repeat < engine.max_repeats]
-                for number, name, question, turn, prompt in self._requests(sets, repeat, share):
-                    ordered = active if (number + turn + repeat) % 2 == 0 else active[::-1]
-                    for order, engine in enumerate(ordered):
-                        record = self._record(engine, name, question, turn, repeat, order, prompt)
+                active = [engine for engine in engines if engine.runs_in(repeat)]
+                for request in self._requests(sets, repeat, share):
+                    turned = (request.number + request.turn + request.sample + repeat) % 2
+                    for order, engine in enumerate(active[::-1] if turned else active):
+                        record = self._record(engine, request, repeat, order)
                         records.append(record)
                         if engine is engines[0] and repeat == 0:
-                            text = self.tokenizer.decode(record.token_ids, skip_special_tokens=True)
-                            self._answers[name, question.question_id, turn] = text
+                            self._answers[request.key] = record.token_ids
                         bar.update()
         return records
 
-    def requests(self, sets: Mapping[str, Sequence[Question]]) -> list[tuple[str, Question, int, list[int]]]:
-        """(set, question, turn, prompt) of every request that `run` made of these sets."""
-        return [(name, question, turn, prompt) for _, name, question, turn, prompt in self._requests(sets, 1, WHOLE)]
+    def requests(self, sets: Mapping[str, Sequence[Question]]) -> list[PromptedTurn]:
+        """Every request that `run` made of these sets, of the first sample."""
+        return [request for request in self._requests(sets, 1, WHOLE) if request.sample == 0]
 
-    def _requests(
-        self, sets: Mapping[str, Sequence[Question]], repeat: int, share: Share
-    ) -> Iterator[tuple[int, str, Question, int, list[int]]]:
-        """Requests in order, each with its question's number; a turn is rendered after its predecessor was answered."""
+    def _requests(self, sets: Mapping[str, Sequence[Question]], repeat: int, share: Share) -> Iterator[PromptedTurn]:
+        """Requests in order; a turn is rendered after its predecessor was answered."""
         for number, name, question in _owned(sets, share):
-            messages: list[Message] = []
-            for turn, text in enumerate(question.turns[: self.bench.max_turns]):
-                messages.append({"role": "user", "content": text})
-                prompt = prompt_tokens(self.tokenizer, messages)
-                k = self.max_length - len(prompt) - self.bench.max_new_tokens
-                if turn > 0 and k < self._largest_k():
-                    self.num_skipped_turns += repeat == 0
-                    break
-                yield number, name, question, turn, prompt
-                messages.append({"role": "assistant", "content": self._answers[name, question.question_id, turn]})
+            for sample in range(self.bench.num_samples):
+                messages: list[Message] = []
+                for turn, text in enumerate(question.turns[: self.bench.max_turns]):
+                    messages.append({"role": "user", "content": text})
+                    prompt = prompt_tokens(self.tokenizer, messages)
+                    left = self.max_length - len(prompt) - self.bench.max_new_tokens
+                    if turn > 0 and left < self.bench.largest_draft:
+                        self.num_skipped_turns += repeat == 0
+                        break
+                    request = PromptedTurn(number, name, question, sample, turn, prompt)
+                    yield request
+                    answer = self.tokenizer.decode(self._answers[request.key], skip_special_tokens=True)
+                    messages.append({"role": "assistant", "content": str(answer)})
 
-    def _largest_k(self) -> int:
-        fixed = self.bench.num_speculative_tokens
-        return max(self.bench.sweep) if fixed == "auto" else fixed
-
-    def _record(
-        self, engine: Engine, name: str, question: Question, turn: int, repeat: int, order: int, prompt: list[int]
-    ) -> Record:
-        key = f"{name}/{question.question_id}/{turn}/{repeat}/{engine.name}"
+    def _record(self, engine: Engine, request: PromptedTurn, repeat: int, order: int) -> Record:
+        question = request.question
+        key = record_key(request.set, question.question_id, request.turn, request.sample, repeat, engine.name)
         if key in self.log.rows:
             return Record.from_json(self.log.rows[key])
         if self.target is None:
             MERGE.check_nothing_left("bench", 1)
-        seed = int(sha256_json([self.bench.seed, name, question.question_id, turn, repeat])[:12], 16)
-        done = self._generate(engine, prompt, self.bench.max_new_tokens, seed)
+        seed = int(sha256_json([self.bench.seed, *request.key, repeat])[:12], 16)
+        answer = self._answers.get(request.key, [])
+        started_at = time.time()
+        done = self._generate(engine, request.prompt, self.bench.max_new_tokens, seed, answer)
         record = Record(
-            set=name,
+            set=request.set,
             question_id=question.question_id,
             category=question.category,
-            turn=turn,
+            turn=request.turn,
             repeat=repeat,
             engine=engine.name,
             order=order,
-            num_prompt_tokens=len(prompt),
+            num_prompt_tokens=len(request.prompt),
             token_ids=done.token_ids,
             steps=[list(step) for step in done.steps],
             num_cut=done.num_cut,
@@ -195,12 +169,19 @@ class Runner:
             verify_s=done.verify_s,
             decode_s=done.decode_s,
             finish_reason=done.finish_reason,
+            sample=request.sample,
+            started_at=started_at,
         )
         self.log.append(record.to_json())
         return record
 
-    def _generate(self, engine: Engine, prompt: list[int], max_new_tokens: int, seed: int) -> Any:
+    def _generate(
+        self, engine: Engine, prompt: list[int], max_new_tokens: int, seed: int, answer: Sequence[int]
+    ) -> Generation:
+        """`answer`: the baseline's, for the drafters that are told it."""
         assert self.target is not None, "only a runner with a target measures"
+        if isinstance(engine.drafter, KnownAnswerDrafter):
+            engine.drafter.expect(answer)
         return generate(
             self.target,
             prompt,
@@ -208,7 +189,7 @@ class Runner:
             eos_ids=self.eos_ids,
             drafter=engine.drafter,
             num_speculative_tokens=engine.num_speculative_tokens,
-            temperature=self.bench.temperature,
+            sampling=self.bench.sampling,
             generator=torch.Generator(device=self.target.device).manual_seed(seed),
         )
 
@@ -242,32 +223,3 @@ def sweep(
             }
         )
     return rows
-
-
-def time_stock_generate(
-    model: PreTrainedModel, prompts: Mapping[str, list[int]], eos_ids: Sequence[int], bench: Bench
-) -> dict[str, Any]:
-    """Time transformers' own generate() on prompts by request key. Returns {"tok_s", "answers": {key: token ids}}."""
-    from transformers import GenerationConfig
-
-    sampling = {"do_sample": True, "temperature": bench.temperature, "top_k": 0, "top_p": 1.0}
-    # a fresh configuration: the checkpoint's own may carry penalties that our engine has no part in
-    config = GenerationConfig(
-        eos_token_id=sorted(eos_ids),
-        pad_token_id=min(eos_ids),
-        **(sampling if bench.temperature > 0 else {"do_sample": False}),
-    )
-    model.generation_config = config
-
-    def run(prompt: list[int], max_new_tokens: int) -> list[int]:
-        ids = torch.tensor([prompt], device=model.device)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens)
-        return out[0, len(prompt) :].tolist()
-
-    run(next(iter(prompts.values())), min(WARM_UP_TOKENS, bench.max_new_tokens))
-    answers, seconds = {}, 0.0
-    for key, prompt in tqdm(prompts.items(), desc="bench: stock generate()", unit="request"):
-        start = time.perf_counter()
-        answers[key] = run(prompt, bench.max_new_tokens)
-        seconds += time.perf_counter() - start
-    return {"tok_s": sum(map(len, answers.values())) / seconds, "answers": answers}

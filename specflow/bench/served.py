@@ -23,7 +23,8 @@ from specflow.bench import served_metrics
 from specflow.bench.gap import Check, check_template
 from specflow.bench.served_client import Asking, Reply, Request, run_block
 from specflow.bench.served_metrics import Block, ServedRecord
-from specflow.config import BenchServe, Family
+from specflow.bench.settings import BenchServe
+from specflow.config import Family
 from specflow.errors import UserError
 from specflow.paths import Paths
 from specflow.serving.engines import Launch, find_install
@@ -374,7 +375,7 @@ def _steps(reply: Reply, num_tokens: int, engine: str, plan: Plan) -> list[list[
 def log_key(plan: Plan, draft_digest: str) -> str:
     """Blocks are kept across a kill only for the same questions, settings, draft and machine."""
     settings = {
-        "serve": plan.family.serve.model_dump(),
+        "serve": plan.family.serve.model_dump(exclude={"speculative"}),
         "bench": plan.serve.model_dump(),
         "asking": vars(plan.asking),
         "prompts": [request.prompt for request in plan.requests],

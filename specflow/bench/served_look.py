@@ -10,12 +10,13 @@ from pydantic import ValidationError
 
 from specflow import files, leases
 from specflow.bench import served_stage
-from specflow.bench.metrics import Record
-from specflow.bench.runner import prompt_tokens, spread
+from specflow.bench.job import family_job
+from specflow.bench.questions import load_questions, prompt_tokens, spread
+from specflow.bench.records import Record
 from specflow.bench.served import Plan, check_possible
 from specflow.bench.served_client import Request
-from specflow.bench.stage import load_questions
-from specflow.config import Bench, BenchServe, Params
+from specflow.bench.settings import BenchServe
+from specflow.config import Family, Params
 from specflow.errors import UserError
 from specflow.paths import Paths
 from specflow.resources import stage_resources
@@ -49,7 +50,7 @@ def look(name: str, params: Params, paths: Paths, options: Mapping[str, Any]) ->
         paths=paths,
         facts=facts,
         serve=serve,
-        requests=_first_turns(bench, serve, params, paths, facts),
+        requests=_first_turns(name, family, serve, params, paths, facts),
         num_speculative_tokens=k or family.export.num_speculative_tokens,
     )
     own = _in_process(plan, summary)
@@ -69,19 +70,21 @@ def _settings(serve: BenchServe, given: Mapping[str, Any]) -> BenchServe:
         raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
 
-def _first_turns(bench: Bench, serve: BenchServe, params: Params, paths: Paths, facts: TargetFacts) -> list[Request]:
+def _first_turns(
+    name: str, family: Family, serve: BenchServe, params: Params, paths: Paths, facts: TargetFacts
+) -> list[Request]:
     tokenizer = load_tokenizer(facts, paths.cache)
-    sets, _ = load_questions(bench, params, paths)
+    sets, _ = load_questions(family_job(name, family, params, paths))
     return [
         Request(
-            name,
+            set_name,
             question.question_id,
             question.category,
             0,
             prompt_tokens(tokenizer, [{"role": "user", "content": question.turns[0]}]),
             question.turns[0],
         )
-        for name, questions in sets.items()
+        for set_name, questions in sets.items()
         for question in spread(questions, serve.num_prompts or len(questions))
     ]
 

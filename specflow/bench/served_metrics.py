@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from specflow.bench import metrics
-from specflow.bench.metrics import NUM_RESAMPLES, Record
+from specflow.bench.records import Record, paired
 from specflow.errors import UserError
 
 PERCENTILES = (50, 90, 99)
@@ -311,7 +311,7 @@ def level(
         for d in draft
         if b.repeat == d.repeat
     ]
-    rate, first = metrics.losslessness(metrics.paired(_records(baseline), _records(draft)))
+    rate, first = metrics.losslessness(paired(_records(baseline), _records(draft)))
     return {
         "concurrency": blocks[0].concurrency,
         "baseline": plain,
@@ -351,19 +351,3 @@ def break_even(speedups: Mapping[int, float]) -> float | None:
             share = (speedups[low] - 1.0) / (speedups[low] - speedups[high])
             return float(2 ** (math.log2(low) + share * (math.log2(high) - math.log2(low))))
     return None
-
-
-def length_interval(records: Sequence[Record], *, seed: int, share: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of the acceptance length, resampling questions with all that belongs to them."""
-    sums: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
-    for record in records:
-        cluster = sums[record.set, record.question_id]
-        cluster[0] += sum(accepted for _, accepted in record.steps)
-        cluster[1] += len(record.steps)
-    table = np.array([cluster for cluster in sums.values() if cluster[1]])
-    if not len(table):
-        return 1.0, 1.0
-    chosen = np.random.default_rng(seed).integers(len(table), size=(NUM_RESAMPLES, len(table)))
-    accepted, steps = table[chosen].sum(axis=1).T
-    low, high = np.quantile(1.0 + accepted / steps, [(1 - share) / 2, (1 + share) / 2])
-    return float(low), float(high)

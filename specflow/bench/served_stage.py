@@ -9,7 +9,8 @@ from typing import Any
 from specflow import files
 from specflow.bench import gap, metrics, served_metrics
 from specflow.bench.identity import draft_digest
-from specflow.bench.metrics import Record
+from specflow.bench.intervals import length_interval
+from specflow.bench.records import Record
 from specflow.bench.served import Plan, log_key, measure
 from specflow.bench.served_metrics import Block, ServedRecord
 from specflow.config import Params
@@ -160,7 +161,7 @@ def _gap(
     first = [b for b in blocks if b.concurrency == lowest and b.repeat == 0]
     heldout = any(request.set == HELDOUT for request in plan.requests)
     asked = {(r.set, r.question_id, r.turn) for r in plan.requests if r.set == HELDOUT or not heldout}
-    own = [record for record in in_process if record.repeat == 0 and record.request in asked]
+    own = [record for record in in_process if record.repeat == record.sample == 0 and record.request[:3] in asked]
     drafted = _records(first, "draft", asked)
     if not drafted or not own:
         return None
@@ -177,7 +178,7 @@ def _gap(
     ]
     way = "train_online" if plan.name in params.online else "train_offline"
     expected = gap.expected_length(plan.paths.metrics(way), k) if heldout else None
-    interval = served_metrics.length_interval(drafted, seed=plan.family.bench.seed)
+    interval = length_interval(drafted, seed=plan.family.bench.seed) or (served, served)
     return {
         "set": HELDOUT if heldout else "all sets",
         "num_requests": len(drafted),

@@ -1,13 +1,15 @@
-"""Benchmark questions: jsonl (or jsonl.gz) in MT-Bench's layout or HumanEval's.
+"""Benchmark questions from a file: jsonl or json (either gzipped), or parquet, in the layouts of the known sets.
 
-MT-Bench: `question_id, category, turns, reference`. HumanEval: `task_id, prompt`; its prompt is the beginning
-of a program, which a chat model would answer with talk, so it is wrapped in an instruction to complete the
-function.
+By a record's keys: `question_id, category, turns, reference` (MT-Bench, Spec-Bench, SPEED-Bench and what peers made of
+the others), `task_id, prompt` (HumanEval), `question, answer` (gsm8k), `instruction, input, output` (Alpaca).
+HumanEval's prompt is the beginning of a program, which a chat model would answer with talk, so it is wrapped in an
+instruction to complete the function.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,24 @@ from specflow.errors import UserError
 from specflow.sources import open_binary
 
 _COMPLETE = "Complete the following Python function.\n\n```python\n{prompt}\n```"
+_LAYOUTS = (
+    "question_id, category, turns (MT-Bench, Spec-Bench, SPEED-Bench), task_id, prompt (HumanEval), question, answer "
+    "(gsm8k) or instruction, input, output (Alpaca)"
+)
+_WITHHELD = "FULL BENCHMARK DATA SHOULD BE FETCHED"
+"""How SPEED-Bench's public file marks texts that it may not pass on."""
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+
+
+@dataclass(frozen=True)
+class Program:
+    """How a HumanEval answer is judged."""
+
+    prompt: str
+    """Beginning of the program: imports, signature, docstring."""
+    test: str
+    """Defines check(candidate)."""
+    entry_point: str
 
 
 @dataclass(frozen=True)
@@ -24,53 +44,128 @@ class Question:
     category: str
     turns: list[str]
     reference: list[str] | None = None
+    program: Program | None = None
 
 
 def read_prompt_set(name: str, path: Path) -> list[Question]:
     """Questions of the prompt set `name`, whose name is the category of questions without one.
 
-    Raises UserError with the line for what is not JSON, of another layout, without a turn, or there twice.
+    A folder (a hub snapshot) must hold one file of questions. Raises UserError with the line, or the record where a
+    file has no lines, for what is unreadable, of another layout, without a turn, or there twice.
     """
+    path = _only_file(name, path) if path.is_dir() else path
     questions: list[Question] = []
-    seen: set[str] = set()
-    try:
-        with open_binary(path) as stream:
-            lines = stream.read().decode("utf-8").split("\n")
-    except (EOFError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt set {name}: {path} cannot be read ({error}): expected jsonl or jsonl.gz") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"prompt set {name}: {path} line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where} is not JSON ({error.msg}): expected one question a line") from None
-        question = _question(record, name, where)
+    seen: dict[str, str] = {}
+    for place, record in _records(name, path):
+        where = f"prompt set {name}: {path} {place}"
+        question = _question(record, name, len(questions), where)
         if question.question_id in seen:
             raise UserError(
-                f"{where} has the id {question.question_id!r} of an earlier line: give each question its own"
+                f"{where} has the id {question.question_id!r} of {seen[question.question_id]}: give each its own"
             )
-        seen.add(question.question_id)
+        seen[question.question_id] = place
         questions.append(question)
     if not questions:
         raise UserError(f"prompt set {name}: {path} has no question: name another file")
     return questions
 
 
-def _question(record: Any, name: str, where: str) -> Question:
+def _only_file(name: str, folder: Path) -> Path:
+    files = sorted(file for file in folder.rglob("*") if file.name.endswith(_SUFFIXES))
+    if len(files) != 1:
+        found = ", ".join(str(file.relative_to(folder)) for file in files[:4]) or "none"
+        raise UserError(
+            f"prompt set {name}: {folder} has {len(files)} files of questions ({found}): name one, as in "
+            "hf:org/name@<commit>/path or file:path"
+        )
+    return files[0]
+
+
+def _records(name: str, path: Path) -> Iterator[tuple[str, Any]]:
+    """(place in the file as the user counts it, record) of each."""
+    try:
+        if path.name.endswith(".parquet"):
+            yield from _numbered("row", _parquet_rows(path))
+            return
+        with open_binary(path) as stream:
+            text = stream.read().decode("utf-8-sig")
+    except (EOFError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"prompt set {name}: {path} cannot be read ({reason}): expected jsonl, json (or .gz of these), or parquet"
+        ) from None
+    if path.name.endswith((".json", ".json.gz")) and text.lstrip()[:1] == "[":
+        try:
+            yield from _numbered("record", json.loads(text))
+        except json.JSONDecodeError as error:
+            raise UserError(f"prompt set {name}: {path} line {error.lineno} is not JSON ({error.msg})") from None
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"prompt set {name}: {path} line {number} is not JSON ({error.msg}): expected one question a line"
+            ) from None
+        yield f"line {number}", record
+
+
+def _numbered(what: str, records: list[Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"{what} {number}", record) for number, record in enumerate(records, 1))
+
+
+def _parquet_rows(path: Path) -> list[Any]:
+    import pyarrow.parquet
+
+    return list(pyarrow.parquet.read_table(path).to_pylist())
+
+
+def _question(record: Any, name: str, number: int, where: str) -> Question:
+    """A record in one of the layouts; `number` is the id of one that has none."""
     if not isinstance(record, dict):
         raise UserError(f"{where} is a {type(record).__name__}, expected an object with question_id and turns")
     if "task_id" in record:
-        prompt = _texts(record.get("prompt"), "prompt", where)[0]
-        solution = record.get("canonical_solution")
-        text = _COMPLETE.format(prompt=prompt.rstrip())
-        return Question(str(record["task_id"]), "coding", [text], [solution] if isinstance(solution, str) else None)
+        question = _human_eval(record, where)
+    elif "turns" in record or "question_id" in record:
+        question = _turns(record, name, where)
+    elif {"question", "answer"} <= record.keys():
+        question = Question(
+            _id(record, number), "math", _texts(record["question"], "question", where), [str(record["answer"])]
+        )
+    elif "instruction" in record:
+        question = _alpaca(record, name, number, where)
+    else:
+        raise UserError(f"{where} has the keys {', '.join(map(str, record))[:80] or 'none'}: expected {_LAYOUTS}")
+    if any(_WITHHELD in turn for turn in question.turns):
+        raise UserError(
+            f"{where} is a placeholder of SPEED-Bench, not a question: make the whole file with the set's own prepare "
+            "script and name that"
+        )
+    return question
+
+
+def _id(record: dict[str, Any], number: int) -> str:
+    return str(record.get("id", number))
+
+
+def _human_eval(record: dict[str, Any], where: str) -> Question:
+    prompt = _texts(record.get("prompt"), "prompt", where)[0]
+    solution, test, entry = (record.get(key) for key in ("canonical_solution", "test", "entry_point"))
+    return Question(
+        str(record["task_id"]),
+        "coding",
+        [_COMPLETE.format(prompt=prompt.rstrip())],
+        [solution] if isinstance(solution, str) else None,
+        Program(prompt, test, entry) if isinstance(test, str) and isinstance(entry, str) else None,
+    )
+
+
+def _turns(record: dict[str, Any], name: str, where: str) -> Question:
     for key in ("question_id", "turns"):
-        if key not in record:
-            raise UserError(
-                f"{where} lacks {key!r}: expected question_id, category, turns (or HumanEval's task_id, prompt)"
-            )
+        if record.get(key) is None:
+            raise UserError(f"{where} lacks {key!r}: expected {_LAYOUTS}")
     if not isinstance(record["turns"], list):
         raise UserError(f"{where}: 'turns' is {record['turns']!r:.40}, expected a list of texts")
     reference = record.get("reference")
@@ -79,6 +174,18 @@ def _question(record: Any, name: str, where: str) -> Question:
         str(record.get("category") or name),
         _texts(record["turns"], "turns", where),
         None if reference is None else _texts(reference, "reference", where, may_be_empty=True),
+    )
+
+
+def _alpaca(record: dict[str, Any], name: str, number: int, where: str) -> Question:
+    (instruction,) = _texts(record["instruction"], "instruction", where)
+    given, output = record.get("input") or "", record.get("output")
+    (given,) = _texts(given, "input", where, may_be_empty=True)
+    return Question(
+        _id(record, number),
+        str(record.get("category") or name),
+        [f"{instruction}\n\n{given}" if given.strip() else instruction],
+        [output] if isinstance(output, str) else None,
     )
 
 

@@ -18,24 +18,32 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from specflow.decoding.sampling import GREEDY, Sampling
 from specflow.decoding.verify import NOTHING, Proposal, verify
 from specflow.errors import UserError
 from specflow.targets.cached import CachedTarget
 
 
 class Drafter(Protocol):
-    """Proposes tokens for one sequence at a time: `ChainDrafter`, `LookupDrafter`."""
+    """Proposes tokens for one sequence at a time: `ChainDrafter`, `TreeDrafter`, `LookupDrafter`."""
 
-    def start(self, history: Sequence[int], aux: Tensor | None) -> None: ...
+    def start(self, history: Sequence[int], aux: Tensor | None) -> None:
+        """Begin a sequence: `history` [n + 1] tokens, of which the first n have aux rows [n, A * H]."""
+
+    def max_nodes(self, num_tokens: int) -> int:
+        """Most tokens in a proposal of depth `num_tokens`: rows of the target's cache beyond the last token."""
 
     def propose(
         self,
         history: Sequence[int],
         aux: Tensor | None,
         num_tokens: int,
-        temperature: float,
+        sampling: Sampling,
         generator: torch.Generator | None,
-    ) -> Proposal: ...
+    ) -> Proposal:
+        """Draft paths of at most `num_tokens` tokens after `history`. `aux` [n, A * H] are the rows of the n positions
+        verified since the last call: those before the last token.
+        """
 
 
 @dataclass
@@ -43,7 +51,7 @@ class Generation:
     token_ids: list[int]
     """Generated ids, the end-of-turn token included."""
     steps: list[tuple[int, int]] = field(default_factory=list)
-    """(drafted, accepted) of each verification step."""
+    """(drafted nodes, length of the accepted path) of each verification step."""
     num_cut: int = 0
     """Verified tokens of the last step that were not emitted."""
     prefill_s: float = 0.0
@@ -68,26 +76,27 @@ def generate(
     eos_ids: Collection[int],
     drafter: Drafter | None = None,
     num_speculative_tokens: int = 0,
-    temperature: float = 0.0,
+    sampling: Sampling = GREEDY,
     generator: torch.Generator | None = None,
 ) -> Generation:
     """Continue `prompt_ids` until an end-of-turn token or `max_new_tokens`.
 
-    `target` has one row, which is overwritten; `generator` lives on its device. Raises UserError where prompt, new
-    tokens and drafts do not fit the target's cache.
+    `num_speculative_tokens` is the length of a chain, the depth of a tree. `target` has one row, which is overwritten;
+    `generator` lives on its device. Raises UserError where prompt, new tokens and drafts do not fit the target's cache.
     """
-    check_fits(len(prompt_ids), max_new_tokens, num_speculative_tokens, target.max_length)
-    clock = _clock(target.device)
+    num_nodes = drafter.max_nodes(num_speculative_tokens) if drafter is not None else 0
+    check_fits(len(prompt_ids), max_new_tokens, num_nodes, target.max_length)
+    clock = clock_of(target.device)
     began = clock()
     target.lengths[0] = 0
     hidden = target.forward(torch.tensor([list(prompt_ids)]))
     logits = target.logits(hidden[0, -1:])
-    first = verify(NOTHING, logits, temperature, generator).next_token
+    first = verify(NOTHING, logits, sampling, generator).next_token
     history = [*prompt_ids, first]
     aux = target.aux()[0] if drafter is not None and target.aux_layer_ids else None
     done = Generation([])
     limit = len(prompt_ids) + max_new_tokens
-    ended = _emit(done, history, [first], eos_ids, limit)
+    ended = emit(done, history, [first], eos_ids, limit)
     if drafter is not None and not ended:
         drafter.start(history, aux)
         aux = None if aux is None else aux[-1:]
@@ -97,25 +106,25 @@ def generate(
     while not ended:
         proposal, at = NOTHING, clock()
         if drafter is not None:
-            proposal = drafter.propose(history, aux, num_speculative_tokens, temperature, generator)
+            proposal = drafter.propose(history, aux, num_speculative_tokens, sampling, generator)
         drafted_at = clock()
-        hidden = target.forward(torch.tensor([[history[-1], *proposal.token_ids]]))
-        verdict = verify(proposal, target.logits(hidden[0]), temperature, generator)
+        hidden = target.forward(torch.tensor([[history[-1], *proposal.token_ids]]), parents=proposal.parents)
+        verdict = verify(proposal, target.logits(hidden[0]), sampling, generator)
+        target.keep(verdict.path)
         verified_at = clock()
-        emitted = [*proposal.token_ids[: verdict.accepted], verdict.next_token]
-        target.lengths[0] = len(history) + verdict.accepted  # forget the rejected drafts
+        emitted = [*(proposal.token_ids[node] for node in verdict.path), verdict.next_token]
         if drafter is not None and aux is not None:
-            aux = target.aux()[0, : verdict.accepted + 1]
+            aux = target.aux()[0]
         history.extend(emitted)
         done.steps.append((len(proposal.token_ids), verdict.accepted))
         done.draft_s += drafted_at - at
         done.verify_s += verified_at - drafted_at
-        ended = _emit(done, history, emitted, eos_ids, limit)
+        ended = emit(done, history, emitted, eos_ids, limit)
     done.decode_s = clock() - start
     return done
 
 
-def _emit(done: Generation, history: Sequence[int], emitted: list[int], eos_ids: Collection[int], limit: int) -> bool:
+def emit(done: Generation, history: Sequence[int], emitted: list[int], eos_ids: Collection[int], limit: int) -> bool:
     """Add the tokens of a step up to an end-of-turn token or the limit; return whether that ended the generation."""
     room = limit - (len(history) - len(emitted))
     end = next((i + 1 for i, token in enumerate(emitted) if token in eos_ids), None)
@@ -127,19 +136,19 @@ def _emit(done: Generation, history: Sequence[int], emitted: list[int], eos_ids:
     return kept in (end, room)
 
 
-def check_fits(num_prompt_tokens: int, max_new_tokens: int, num_speculative_tokens: int, max_length: int) -> None:
-    """Raise UserError unless a prompt leaves room for its answer and for the drafts beyond it."""
-    needed = num_prompt_tokens + max_new_tokens + num_speculative_tokens
+def check_fits(num_prompt_tokens: int, max_new_tokens: int, num_drafted: int, max_length: int) -> None:
+    """Raise UserError unless a prompt leaves room for its answer and for `num_drafted` nodes drafted beyond it."""
+    needed = num_prompt_tokens + max_new_tokens + num_drafted
     if num_prompt_tokens < 1:
         raise UserError("prompt has no tokens: give at least one")
     if needed > max_length:
         raise UserError(
-            f"prompt of {num_prompt_tokens} tokens, {max_new_tokens} new and {num_speculative_tokens} drafted need "
-            f"{needed}, the context holds {max_length}: shorten the prompt or lower max_new_tokens"
+            f"prompt of {num_prompt_tokens} tokens, {max_new_tokens} new and {num_drafted} drafted need "
+            f"{needed}, the context holds {max_length}: shorten the prompt, lower max_new_tokens or draft less"
         )
 
 
-def _clock(device: torch.device) -> Callable[[], float]:
+def clock_of(device: torch.device) -> Callable[[], float]:
     """A wall clock in seconds that waits for the device first, so that a reading ends the work before it."""
     if device.type != "cuda":
         return time.perf_counter

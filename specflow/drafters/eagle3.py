@@ -134,6 +134,33 @@ class DraftCache:
         self.length, self.max_length = 0, max_length
 
 
+class RaggedDraftCache:
+    """Keys and values [num_rows, kv_heads, max_length, head_dim] of several sequences; `lengths` [num_rows] int64 (on
+    CPU) counts the rows that each holds: set an entry lower to forget rows.
+    """
+
+    def __init__(
+        self,
+        config: Eagle3Config,
+        num_rows: int,
+        max_length: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (num_rows, config.num_key_value_heads, max_length, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(num_rows, dtype=torch.int64)
+        self.max_length = max_length
+
+    def move_row(self, source: int, into: int) -> None:
+        """Copy what sequence `source` holds over `into`."""
+        length = int(self.lengths[source])
+        self.keys[into, :, :length] = self.keys[source, :, :length]
+        self.values[into, :, :length] = self.values[source, :, :length]
+        self.lengths[into] = length
+
+
 @dataclass
 class PackedRows:
     """Whole documents laid end to end, with the rows that training has to compute. Built by `training.packing`."""
@@ -203,6 +230,12 @@ class Eagle3Draft(nn.Module):
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.view(projected.shape[0], -1, self.config.head_dim)
 
+    def _query_key_value(self, embeddings: Tensor, hidden: Tensor, at: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Heads [n, heads, head_dim] of n rows, query and key turned to positions `at` of the reserved tables."""
+        x, cos, sin = self._inputs(embeddings, hidden), self.rotary.cos[at], self.rotary.sin[at]
+        query, key, value = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        return self.rotary(query, cos, sin), self.rotary(key, cos, sin), value
+
     def _finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Rest of the layer after attention [n, q_size]: residuals around o_proj and the MLP."""
         residual = self.hidden_norm(hidden) if self.config.norm_before_residual else hidden
@@ -244,11 +277,19 @@ class Eagle3Draft(nn.Module):
         return steps
 
     @torch.inference_mode()
-    def decode(self, embeddings: Tensor, hidden: Tensor, cache: DraftCache) -> Tensor:
+    def decode(
+        self,
+        embeddings: Tensor,
+        hidden: Tensor,
+        cache: DraftCache,
+        position: int | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Append n rows (embeddings and hidden [n, H]) to the cache at positions cache.length.. and return
         recycled states.
 
-        Causal over the cache and the new rows. Raises UserError when the cache is full.
+        Causal over the cache and the new rows. A level of a tree: all rows at RoPE `position`, `mask`
+        [n, cache.length + n] additive. Raises UserError when the cache is full.
         """
         n, start = hidden.shape[0], cache.length
         end = start + n
@@ -257,23 +298,57 @@ class Eagle3Draft(nn.Module):
                 f"{end} draft rows do not fit a cache of {cache.max_length}: shorten the prompt or max_new_tokens"
             )
         self.rotary.reserve(end)
-        cos, sin = self.rotary.cos[start:end], self.rotary.sin[start:end]
-        x = self._inputs(embeddings, hidden)
-        cache.keys[:, start:end] = self.rotary(self._heads(self.k_proj(x)), cos, sin).transpose(0, 1)
-        cache.values[:, start:end] = self._heads(self.v_proj(x)).transpose(0, 1)
-        queries = self.rotary(self._heads(self.q_proj(x)), cos, sin).transpose(0, 1)
+        at = slice(start, end) if position is None else slice(position, position + 1)
+        query, key, value = self._query_key_value(embeddings, hidden, at)
+        cache.keys[:, start:end] = key.transpose(0, 1)
+        cache.values[:, start:end] = value.transpose(0, 1)
+        queries = query.transpose(0, 1)
         keys, values = cache.keys[None, :, :end], cache.values[None, :, :end]
         group = self.config.num_attention_heads // self.config.num_key_value_heads
         # fold the query heads that share a key head into rows: attention without repeating the keys
         folded = queries.reshape(1, self.config.num_key_value_heads, group * n, self.config.head_dim)
-        mask = None
-        if n > 1:
-            visible = torch.arange(end, device=x.device) <= torch.arange(start, end, device=x.device)[:, None]
-            mask = torch.zeros_like(visible, dtype=x.dtype).masked_fill_(~visible, float("-inf")).repeat(group, 1)
+        if n > 1 and mask is None:
+            visible = torch.arange(end, device=hidden.device) <= torch.arange(start, end, device=hidden.device)[:, None]
+            mask = torch.zeros_like(visible, dtype=hidden.dtype).masked_fill_(~visible, float("-inf"))
+        if mask is not None:
+            mask = mask.repeat(group, 1)
         attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
         attended = attended.view(self.config.num_attention_heads, n, self.config.head_dim).transpose(0, 1)
         cache.length = end
         return self._finish(hidden, attended.reshape(n, -1))
+
+    @torch.inference_mode()
+    def decode_rows(self, embeddings: Tensor, hidden: Tensor, cache: RaggedDraftCache, first: int = 0) -> Tensor:
+        """`decode` for several sequences: append n rows to each of the cache's sequences `first`.. at positions of
+        their own. Shapes: embeddings and hidden [b, n, H] -> recycled states [b, n, H].
+
+        Rows behind a sequence's real ones are padding: set `cache.lengths` lower to forget them.
+        """
+        b, n, _ = hidden.shape
+        lengths = cache.lengths[first : first + b]
+        end = int(lengths.max()) + n
+        if end > cache.max_length:
+            raise UserError(
+                f"{end} draft rows do not fit a cache of {cache.max_length}: shorten the prompt or max_new_tokens"
+            )
+        c, device = self.config, hidden.device
+        group = c.num_attention_heads // c.num_key_value_heads
+        slots = (lengths[:, None] + torch.arange(n)).to(device)
+        self.rotary.reserve(end)
+        flat = hidden.flatten(0, 1)
+        query, key, value = self._query_key_value(embeddings.flatten(0, 1), flat, slots.flatten())
+        rows = torch.arange(first, first + b, device=device)[:, None]
+        cache.keys[rows, :, slots] = key.unflatten(0, (b, n))
+        cache.values[rows, :, slots] = value.unflatten(0, (b, n))
+        folded = query.unflatten(0, (b, n)).transpose(1, 2)
+        folded = folded.reshape(b, c.num_key_value_heads, group * n, c.head_dim)
+        visible = torch.arange(end, device=device) <= slots[:, :, None]
+        mask = torch.zeros_like(visible, dtype=flat.dtype).masked_fill_(~visible, float("-inf"))
+        keys, values = cache.keys[first : first + b, :, :end], cache.values[first : first + b, :, :end]
+        attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask.repeat(1, group, 1)[:, None])
+        attended = attended.view(b, c.num_attention_heads, n, c.head_dim).transpose(1, 2)
+        cache.lengths[first : first + b] = lengths + n
+        return self._finish(flat, attended.reshape(b * n, -1)).view(b, n, -1)
 
 
 def _activation(name: str) -> Any:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from specflow.config import Serve
+from specflow.config import Serve, SglangSpeculation
 from specflow.errors import UserError
 
 EngineName = Literal["vllm", "sglang"]
@@ -93,9 +93,16 @@ def launch(
     port: int,
     draft: Path | None = None,
     num_speculative_tokens: int = 0,
+    tree: SglangSpeculation | None = None,
 ) -> Launch:
-    """Words that start the server for `target`, with the exported `draft` folder or alone."""
-    wanted = _Wanted(serve, target, serve.dtype or target_dtype, served_name, port, draft, num_speculative_tokens)
+    """Words that start the server for `target`, with the exported `draft` folder or alone.
+
+    `tree` is for SGLang; without it, and in vLLM always, the draft is a chain of `num_speculative_tokens`.
+    """
+    k = num_speculative_tokens
+    if tree is None and k > 0:  # a chain in SGLang's words: one branch per step, and the draft tokens count the root
+        tree = SglangSpeculation(num_steps=k, eagle_topk=1, num_draft_tokens=k + 1)
+    wanted = _Wanted(serve, target, serve.dtype or target_dtype, served_name, port, draft, k, tree)
     return _launch_vllm(install, wanted) if install.engine == "vllm" else _launch_sglang(install, wanted)
 
 
@@ -110,6 +117,7 @@ class _Wanted:
     port: int
     draft: Path | None
     num_speculative_tokens: int
+    sglang: SglangSpeculation | None
 
 
 def _launch_vllm(install: Install, wanted: _Wanted) -> Launch:
@@ -160,13 +168,13 @@ def _launch_sglang(install: Install, wanted: _Wanted) -> Launch:
         "--mem-fraction-static": serve.gpu_memory_utilization,
     }
     if wanted.draft is not None:
-        # A chain in SGLang's terms: one branch per step, and the draft tokens count the root.
+        assert wanted.sglang is not None, "a draft proposes at least one token"
         flags |= {
             "--speculative-algorithm": "EAGLE3",
             "--speculative-draft-model-path": wanted.draft,
-            "--speculative-num-steps": wanted.num_speculative_tokens,
-            "--speculative-eagle-topk": 1,
-            "--speculative-num-draft-tokens": wanted.num_speculative_tokens + 1,
+            "--speculative-num-steps": wanted.sglang.num_steps,
+            "--speculative-eagle-topk": wanted.sglang.eagle_topk,
+            "--speculative-num-draft-tokens": wanted.sglang.num_draft_tokens,
         }
     words = [str(install.python), "-m", "sglang.launch_server", *_words(flags), "--enable-metrics"]
     return Launch([*words, *serve.extra_args])

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from specflow.config import Family
+from specflow.config import Family, SglangSpeculation
 from specflow.errors import UserError
 from specflow.paths import Paths
 from specflow.serving.engines import EngineName, Install, Launch, find_install, launch
@@ -25,12 +25,16 @@ def launch_for(
     *,
     engine: EngineName,
     port: int,
-    draft: bool,
+    draft: bool | None,
     num_speculative_tokens: int | None = None,
     install: Install | None = None,
 ) -> Launch:
-    """The command of a server of family `name`; the draft is held against its load contract first."""
+    """The command of a server of family `name`; the draft is held against its load contract first.
+
+    `draft` None: as recommended, see `drafting`.
+    """
     facts = read_facts(paths.target)
+    draft, k, tree = drafting(family, engine, draft, num_speculative_tokens)
     serve = family.serve
     install = install or find_install(engine, serve, paths.cache)
     if install.on_cpu and serve.max_model_len is None:
@@ -48,8 +52,25 @@ def launch_for(
         served_name=serve.model_name or name,
         port=port,
         draft=folder.resolve() if draft else None,
-        num_speculative_tokens=num_speculative_tokens or family.export.num_speculative_tokens,
+        num_speculative_tokens=k,
+        tree=tree,
     )
+
+
+def drafting(
+    family: Family, engine: EngineName, draft: bool | None, num_speculative_tokens: int | None
+) -> tuple[bool, int, SglangSpeculation | None]:
+    """Whether a server drafts, how many tokens as a chain, and as which tree (SGLang).
+
+    What was asked for goes before `serve.speculative`, and that before `export.num_speculative_tokens`.
+    """
+    tuned = family.serve.speculative
+    k = num_speculative_tokens or family.export.num_speculative_tokens
+    if tuned is None or num_speculative_tokens is not None:
+        return draft is not False, k, None
+    tree = tuned.sglang if engine == "sglang" else None
+    pays = tuned.num_speculative_tokens > 0 or tree is not None
+    return pays if draft is None else draft, tuned.num_speculative_tokens or k, tree
 
 
 def _target_args(facts: TargetFacts, install: Install) -> list[str]:
@@ -68,7 +89,7 @@ def child_server(
     paths: Paths,
     *,
     engine: EngineName,
-    draft: bool,
+    draft: bool | None,
     num_speculative_tokens: int | None = None,
     log_name: str = "server",
     edit: Callable[[Launch], Launch] = lambda launch: launch,
@@ -96,13 +117,15 @@ def serve_until_stopped(
     *,
     engine: EngineName,
     port: int,
-    draft: bool,
+    draft: bool | None,
     num_speculative_tokens: int | None,
     say: Callable[[str], None],
 ) -> None:
     """`specflow serve`: print the command that does the same elsewhere, serve, and stop on Ctrl-C."""
     if family.serve.url is not None:
         raise UserError(f"families.{name}.serve.url is set: that server is somebody else's to start")
+    if draft is None and not drafting(family, engine, draft, num_speculative_tokens)[0]:
+        say("without the draft, as serve.speculative recommends; --draft or -k drafts all the same")
     say(
         str(
             launch_for(

@@ -1,15 +1,17 @@
 """Incremental forward of a transformers model over a preallocated key/value cache.
 
 One code path serves the batched sampler (many rows, one token each), the baseline decoder (one row, one token) and the
-verifier (one row, K + 1 tokens), so that a comparison between them compares decoding and not implementations.
-Rows are ragged: each has its own length, no padding tokens, positions counted from its own start.
+verifier (one row, K + 1 tokens or a tree of them), so that a comparison between them compares decoding and not
+implementations. Rows are ragged: each has its own length, no padding tokens, positions counted from its own start.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -26,26 +28,43 @@ class _Window:
     """What the layers need to know of one forward: which rows, where their new tokens go, how far to read."""
 
     rows: Tensor | None = None  # [b] rows of the cache, None = the first b in order
-    slots: Tensor  # [b, m] position of each new token in its row
+    slots: Tensor  # [b, m] place of each new token in its row
+    positions: Tensor  # [b, m] what it counts as: its place, in a tree by its depth
     start: int | None = None  # the same for a single row as a plain slice, no index kernels
     end: int = 0  # keys read: max length after the forward
+
+
+class _Store:
+    """Room for keys and values: `at_once` tensors of a shape in one, so that tokens move in all layers at once."""
+
+    def __init__(self, at_once: int) -> None:
+        self.at_once = at_once
+        self.tensors: list[Tensor] = []
+        self._free: dict[tuple[int, ...], list[Tensor]] = {}
+
+    def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        free = self._free.setdefault(shape, [])
+        if not free:
+            self.tensors.append(like.new_zeros((self.at_once, *shape)))
+            free.extend(self.tensors[-1].unbind())
+        return free.pop()
 
 
 class _PreallocatedLayer(CacheLayerMixin):
     """Keys and values [rows, kv_heads, max_length, head_dim], written in place, read as a slice."""
 
-    def __init__(self, num_rows: int, max_length: int, window: _Window) -> None:
+    def __init__(self, num_rows: int, max_length: int, window: _Window, store: _Store) -> None:
         super().__init__()
-        self.num_rows, self.max_length, self.window = num_rows, max_length, window
+        self.num_rows, self.max_length, self.window, self.store = num_rows, max_length, window, store
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         shape = (self.num_rows, key_states.shape[1], self.max_length)
-        self.keys = key_states.new_zeros((*shape, key_states.shape[3]))
-        self.values = value_states.new_zeros((*shape, value_states.shape[3]))
+        self.keys = self.store.take((*shape, key_states.shape[3]), key_states)
+        self.values = self.store.take((*shape, value_states.shape[3]), value_states)
         self.is_initialized = True
 
-    def grow(self, max_length: int) -> None:
-        self.max_length = max_length
+    def grow(self, max_length: int, store: _Store) -> None:
+        self.max_length, self.store = max_length, store
         if self.is_initialized:
             keys, values = self.keys, self.values
             self.lazy_initialization(keys, values)
@@ -93,7 +112,8 @@ class CachedTarget:
         self.num_rows, self.max_length = num_rows, max_length
         self.lengths = torch.zeros(num_rows, dtype=torch.int64)
         self._window = _Window()
-        layers = [_PreallocatedLayer(num_rows, max_length, self._window) for _ in self.decoder.layers]
+        self._store = self._new_store()
+        layers = [_PreallocatedLayer(num_rows, max_length, self._window, self._store) for _ in self.decoder.layers]
         self._cache = Cache(layers=layers)
         self._aux: dict[int, Tensor] = {}
         self.aux_layer_ids = list(aux_layer_ids)
@@ -101,15 +121,26 @@ class CachedTarget:
         config = model.config.get_text_config()
         self._num_groups = config.num_attention_heads // config.num_key_value_heads
         self._sliding_window, self._layer_types = attention_of(config)
+        self._grouped, self._dtype = model.config._attn_implementation == GROUPED, model.dtype
+
+    def _new_store(self) -> _Store:
+        # only a single row keeps paths of trees; many rows would have to be allocated twice over to grow
+        return _Store(2 * len(self.decoder.layers) if self.num_rows == 1 else 1)
 
     @torch.inference_mode()
     def forward(
-        self, token_ids: Tensor, rows: Sequence[int] | None = None, counts: Sequence[int] | None = None
+        self,
+        token_ids: Tensor,
+        rows: Sequence[int] | None = None,
+        counts: Sequence[int] | None = None,
+        parents: Sequence[int] | None = None,
     ) -> Tensor:
         """Append `token_ids` [b, m] to `rows` (default: the first b) and return the post-norm states [b, m, hidden].
 
         `counts` [b] says how many of the m tokens are real where rows differ (right padding); the padding is written
         beyond the row's new length, is never attended by real tokens and is overwritten by the next call.
+        `parents` [m - 1], for a target of one row: the tokens behind the first are nodes of a tree on it, each after
+        its parent (an index among them, -1 for the first token); a node sees what it hangs on. `keep` has to follow.
         Afterwards `aux()` holds the captured residual streams of the same tokens.
         """
         b, m = token_ids.shape
@@ -121,45 +152,59 @@ class CachedTarget:
             raise UserError(
                 f"{w.end} tokens do not fit the cache of {self.max_length}: shorten the prompt or max_new_tokens"
             )
-        slots = lengths[:, None] + torch.arange(m)
         w.start = int(lengths[0]) if self.num_rows == 1 else None
-        w.slots, w.rows = slots.to(self.device), None if rows is None else index.to(self.device)
-        ragged = self.num_rows > 1 or m > 1
+        w.slots = (lengths[:, None] + torch.arange(m)).to(self.device)
+        w.rows = None if rows is None else index.to(self.device)
+        ancestors = None
+        w.positions = w.slots
+        if parents is not None:
+            assert self.num_rows == 1 and len(parents) == m - 1
+            depths, ancestors = (tensor.to(self.device) for tensor in tree_layout(tuple(parents)))
+            w.positions = (depths + w.start)[None]
         output = self.decoder(
             input_ids=token_ids.to(self.device),
-            position_ids=w.slots,
-            attention_mask=self._mask(w.slots, w.end, ragged),
+            position_ids=w.positions,
+            attention_mask=self._mask(ancestors),
             past_key_values=self._cache,
             use_cache=True,
         )
         self.lengths[index] = lengths + (m if counts is None else torch.tensor(list(counts)))
         return output.last_hidden_state
 
-    def _mask(self, slots: Tensor, end: int, ragged: bool) -> Any:
+    def _mask(self, ancestors: Tensor | None) -> Any:
         """Masks [b, 1, m, end] by layer type, in the form the attention takes; None where a query sees everything."""
-        sliding = self._sliding_window is not None
-        if not sliding and (not ragged or (self.num_rows == 1 and int(slots[0, 0]) == 0)):
+        w, window = self._window, self._sliding_window
+        fresh_or_one = w.start is not None and (w.start == 0 or w.slots.shape[1] == 1)
+        if window is None and ancestors is None and fresh_or_one:
             return None  # one token of one row, or a fresh prompt: sdpa's own causal path
-        keys = torch.arange(end, device=self.device)
-        full = (keys <= slots[:, :, None])[:, None]
-        if not sliding:
-            return self._attention_mask(full)
-        near = full & (keys > slots[:, :, None] - self._sliding_window)[:, None]
+        keys = torch.arange(w.end, device=self.device)
+        if ancestors is None:
+            full = keys <= w.slots[:, :, None]
+        else:
+            full = (keys < w.start).repeat(1, len(ancestors), 1)
+            full[0, :, w.start :] = ancestors
+            keys = torch.cat((keys[: w.start], w.positions[0]))
+        if window is None:
+            return self._attention_mask(full[:, None])
+        near = full & (keys > w.positions[:, :, None] - window)
         if not self._layer_types:
-            return self._attention_mask(near)
-        return {"full_attention": self._attention_mask(full), "sliding_attention": self._attention_mask(near)}
+            return self._attention_mask(near[:, None])
+        return {
+            "full_attention": self._attention_mask(full[:, None]),
+            "sliding_attention": self._attention_mask(near[:, None]),
+        }
 
     def _attention_mask(self, allowed: Tensor) -> Tensor:
-        grouped = self.model.config._attn_implementation == GROUPED
-        return grouped_mask(allowed, self._num_groups, self.model.dtype) if grouped else allowed
+        return grouped_mask(allowed, self._num_groups, self._dtype) if self._grouped else allowed
 
     @torch.inference_mode()
     def reserve(self, max_length: int) -> None:
         """Make room for rows of `max_length` tokens; what they hold stays."""
         if max_length > self.max_length:
             self.max_length = max_length
+            self._store = self._new_store()
             for layer in self._cache.layers:
-                layer.grow(max_length)
+                layer.grow(max_length, self._store)
 
     @torch.inference_mode()
     def move_row(self, source: int, into: int) -> None:
@@ -170,18 +215,55 @@ class CachedTarget:
             layer.values[into, :, :length] = layer.values[source, :, :length]
         self.lengths[into] = length
 
+    @torch.inference_mode()
+    def keep(self, path: Sequence[int]) -> None:
+        """After a forward of one row: keep its first token and the nodes `path` (their indices behind it, from the root
+        on), forget the others. Keys and values of the path move behind the first token's; `aux()` follows.
+        """
+        w = self._window
+        assert w.start is not None, "only a target of one row keeps paths"
+        in_place = 1  # tokens that are where they belong
+        while in_place <= len(path) and path[in_place - 1] == in_place - 1:
+            in_place += 1
+        end = 1 + len(path)
+        kept: Any = slice(end)
+        if in_place < end:
+            kept = torch.tensor([0, *(node + 1 for node in path)], device=self.device)
+            source = kept[in_place:] + w.start
+            for tensor in self._store.tensors:
+                tensor[..., w.start + in_place : w.start + end, :] = tensor.index_select(-2, source)
+        self.lengths[0] = w.start + end
+        for layer in self.aux_layer_ids:
+            self._aux[layer] = self._aux[layer][:, kept]
+
     def aux(self) -> Tensor:
-        """Residual streams [b, m, len(aux_layer_ids) * hidden] of the last forward, in ascending layer order."""
-        return torch.cat([self._aux[layer] for layer in self.aux_layer_ids], dim=-1)
+        """Residual streams [b, m, len(aux_layer_ids) * hidden] of the last forward, in ascending layer order; after
+        `keep` of what it kept.
+        """
+        return torch.cat([self._aux[layer].to(self.device) for layer in self.aux_layer_ids], dim=-1)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab_size] of post-norm states: the head alone, as `fetch` refuses targets that do more."""
-        return self.head(hidden)
+        return self.head(hidden).to(self.device)  # a target over several GPUs ends on the last of them
 
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
+
+
+@lru_cache(maxsize=256)
+def tree_layout(parents: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Depths [n + 1] int64 of the root and its n nodes, and who sees whom [n + 1, n + 1] bool: a node itself and what
+    it hangs on. `parents` as in `CachedTarget.forward`.
+    """
+    size = len(parents) + 1
+    depths, ancestors = np.zeros(size, np.int64), np.eye(size, dtype=bool)
+    for node, parent in enumerate(parents, start=1):
+        assert parent + 1 < node, "a node comes after its parent"
+        depths[node] = depths[parent + 1] + 1
+        ancestors[node] |= ancestors[parent + 1]
+    return torch.from_numpy(depths), torch.from_numpy(ancestors)
 
 
 def capture_hooks(decoder: torch.nn.Module, layer_ids: Sequence[int], into: dict[int, Tensor]) -> list[Any]:

@@ -81,17 +81,19 @@ def read_facts(path: Path) -> TargetFacts:
 
 
 def load_model(facts: TargetFacts, cache: Path, *, device: str = "cpu") -> PreTrainedModel:
-    """Load the target in its dtype, in eval mode, gradients off."""
+    """Load the target in its dtype, in eval mode, gradients off. Device "auto": its layers over all visible GPUs."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    spread: dict[str, Any] = {"device_map": "balanced"} if device == "auto" else {}
     model = AutoModelForCausalLM.from_pretrained(
         facts.path(cache),
         dtype=getattr(torch, facts.dtype),
         trust_remote_code=facts.trust_remote_code,
         attn_implementation="sdpa",
+        **spread,
     )
-    return model.to(device).eval().requires_grad_(False)
+    return (model if spread else model.to(device)).eval().requires_grad_(False)
 
 
 def load_tokenizer(facts: TargetFacts, cache: Path) -> PreTrainedTokenizerBase:

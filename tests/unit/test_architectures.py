@@ -195,6 +195,30 @@ def test_verification_of_several_tokens_after_a_rejection(
     target.close()
 
 
+def test_a_tree_and_the_path_kept_of_it(pair: tuple[PreTrainedModel, Reference]) -> None:
+    """Steps of a tree that holds the sequence's own next tokens among others: states of that path in the tree, then of
+    what follows on the kept keys, equal the plain forward's. Beyond every sliding window.
+    """
+    model, reference = pair
+    row = reference.rows[0]
+    target = CachedTarget(model, num_rows=1, max_length=64, aux_layer_ids=AUX)
+    at = 9
+    target.forward(torch.tensor([row[:at]]))
+    # nodes 2, 4 and 5 are the sequence's; 0 and 1 are no ancestors of them, 3 and 6 hang on them
+    parents, right = [-1, 0, -1, 2, 2, 4, 5], [2, 4, 5]
+    for accepted in (3, 1, 0, 2, 3, 3):
+        tokens = [4, 5, row[at + 1], 6, row[at + 2], row[at + 3], 7]
+        states = target.forward(torch.tensor([[row[at], *tokens]]), parents=parents)
+        rows = [0, *(node + 1 for node in right)]
+        close(target.logits(states)[0, rows], reference.logits[0][at : at + 4])
+        close(target.aux()[0, rows], reference.aux[0][at : at + 4])
+        target.keep(right[:accepted])
+        close(target.aux()[0], reference.aux[0][at : at + 1 + accepted])
+        at += 1 + accepted
+        assert target.lengths.tolist() == [at]
+    target.close()
+
+
 def test_capture(pair: tuple[PreTrainedModel, Reference]) -> None:
     """Right-padded capture of rows of different lengths gives the residual streams and final states of each alone."""
     model, reference = pair

@@ -5,55 +5,34 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from specflow.bench import runner, stage
-from specflow.config import Params, parse_params
-from specflow.drafters.eagle3 import Eagle3Config, Eagle3Draft
+from specflow.bench import measuring, runner, stage
+from specflow.bench.job import family_job
+from specflow.bench.questions import load_questions
+from specflow.bench.settings import Bench
+from specflow.config import Family, Params
 from specflow.errors import UserError
-from specflow.export.eagle3 import save_export
-from specflow.files import write_json, write_jsonl
+from specflow.files import write_jsonl
 from specflow.paths import Paths
 from specflow.shares import MERGE, Share
-from specflow.targets.fetch import read_checkpoint
-from tests.toys import make_project_inputs, tiny_params
+from tests.bench_project import make_bench_project, without_times
 
 Project = tuple[Params, Paths]
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    folder = tmp_path_factory.mktemp("bench")
-    make_project_inputs(folder)
-    params = parse_params(tiny_params(folder))
-    paths = Paths(root=folder, family="tiny", cache=folder / "cache")
-    facts = read_checkpoint(params.families["tiny"].target, folder / "target", paths.cache)
-    write_json(paths.target, facts.model_dump())
-    shape = {name: value for name, value in facts.model_dump().items() if name in Eagle3Config.model_fields}
-    ids = facts.default_aux_layer_ids()
-    config = Eagle3Config(**shape, target_hidden_size=facts.hidden_size, draft_vocab_size=128, aux_layer_ids=ids)
-    torch.manual_seed(0)
-    draft = Eagle3Draft(config)
-    draft.t2d[:128] = True
-    save_export(draft, facts, paths.export / "eagle3")
-    rows = [
-        {
-            "id": f"h{i}",
-            "source": "s",
-            "category": "chat",
-            "messages": [{"role": "user", "content": f"the cat sees {i} dogs"}],
-        }
-        for i in range(6)
-    ]
-    write_jsonl(paths.prompts / "eval.jsonl", rows)
-    return params, paths
+    return make_bench_project(tmp_path_factory.mktemp("bench"))
+
+
+def family_of(project: Project, **changes: Any) -> Family:
+    family = project[0].families["tiny"]
+    return family.model_copy(update={"bench": Bench.model_validate({**family.bench.model_dump(), **changes})})
 
 
 def run(project: Project, **changes: Any) -> tuple[dict[str, float], dict[str, Any]]:
     params, paths = project
-    family = params.families["tiny"]
-    family = family.model_copy(update={"bench": family.bench.model_copy(update=changes)})
-    metrics = stage.run("tiny", family, params, paths, lambda values, step: None)
+    metrics = stage.run("tiny", family_of(project, **changes), params, paths, lambda values, step: None)
     return metrics, json.loads((paths.bench / "summary.json").read_text())
 
 
@@ -62,9 +41,9 @@ def test_summary_and_files(project: Project) -> None:
     paths = project[1]
     assert set(summary["sets"]) == {"questions", "heldout"}
     assert summary["overall"]["lossless"] is True and summary["baseline_equals_stock"] is True
-    # 2 questions of 2 turns and 2 held-out prompts of 1, 3 repeats of 2 engines and one of lookup
+    # 2 questions of 2 turns and 2 held-out prompts of 1, 3 repeats of 2 engines and one of lookup, oracle and null
     records = [json.loads(line) for line in (paths.bench / "records.jsonl").read_text().splitlines()]
-    assert len(records) == 6 * (3 * 2 + 1)
+    assert len(records) == 6 * (3 * 2 + 3)
     assert len({record["id"] for record in records}) == len(records)
     k = summary["num_speculative_tokens"]
     assert [row["num_speculative_tokens"] for row in summary["sweep"]] == [1, 2]
@@ -88,9 +67,7 @@ def test_order_alternates_and_repeats_agree(project: Project) -> None:
 
 
 def test_tuning_questions_are_never_benchmarked(project: Project) -> None:
-    params, paths = project
-    bench = params.families["tiny"].bench.model_copy(update={"num_prompts": 100, "sweep_prompts": 100})
-    sets, tuning = stage.load_questions(bench, params, paths)
+    sets, tuning = load_questions(family_job("tiny", family_of(project, num_prompts=100, sweep_prompts=100), *project))
     assert len(tuning) == 3 and len(sets["heldout"]) == 3
     assert not {q.question_id for q in tuning} & {q.question_id for q in sets["heldout"]}
 
@@ -117,9 +94,9 @@ def test_killed_run_keeps_what_it_had(project: Project, monkeypatch: pytest.Monk
     calls.clear()
     monkeypatch.setattr(runner, "generate", lambda *a, **k: (calls.append(1), plain(*a, **k))[1])
     _, summary = run(project, **changes)
-    warm_up, stock_row = 3, 1
-    assert kept == 20 - warm_up + stock_row
-    assert len(calls) == 6 * 7 - (kept - stock_row) + warm_up
+    warm_up, other_rows = 5, 3  # load, stock, costs
+    assert kept == 20 - warm_up + other_rows
+    assert len(calls) == 6 * 9 - (kept - other_rows) + warm_up
     assert summary["overall"]["num_requests"] == 6
 
 
@@ -131,17 +108,14 @@ def test_prompt_longer_than_the_context(project: Project, tmp_path: Path) -> Non
 
 def test_too_few_held_out_prompts_to_tune_on(project: Project, tmp_path: Path) -> None:
     params, paths = project
-    write_jsonl(Paths(tmp_path, "tiny", paths.cache).prompts / "eval.jsonl", [])
+    job = family_job("tiny", params.families["tiny"], params, paths)
+    write_jsonl(tmp_path / "eval.jsonl", [])
     with pytest.raises(UserError, match="too few to choose num_speculative_tokens on"):
-        stage.load_questions(params.families["tiny"].bench, params, Paths(tmp_path, "tiny", paths.cache))
-
-
-TIMES = {"prefill_s", "draft_s", "verify_s", "decode_s"}
+        load_questions(job.model_copy(update={"heldout": tmp_path / "eval.jsonl"}))
 
 
 def records_without_times(project: Project) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (project[1].bench / "records.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+    return without_times([json.loads(line) for line in (project[1].bench / "records.jsonl").read_text().splitlines()])
 
 
 def test_shares_put_together_are_the_same_records(project: Project) -> None:
@@ -149,10 +123,8 @@ def test_shares_put_together_are_the_same_records(project: Project) -> None:
     changes = {"sweep": [2], "seed": 11}
     run(project, **changes)
     whole = records_without_times(project)
-    family = params.families["tiny"]
-    family = family.model_copy(update={"bench": family.bench.model_copy(update=changes)})
-    args = ("tiny", family, params, paths)
-    with pytest.raises(UserError, match="2 rows are missing"):  # neither stock generate() nor K
+    args = ("tiny", family_of(project, **changes), params, paths)
+    with pytest.raises(UserError, match="3 rows are missing"):  # stock generate(), K, costs
         stage.run_share(*args, Share(1, 3))
     stage.run_first(*args, Share(0, 3))
     for index in (1, 0):
@@ -171,13 +143,11 @@ def test_shares_put_together_are_the_same_records(project: Project) -> None:
 
 def test_shares_of_different_machines_are_not_mixed(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     params, paths = project
-    changes = {"num_speculative_tokens": 1, "stock_generate": False, "seed": 12}
-    family = params.families["tiny"]
-    family = family.model_copy(update={"bench": family.bench.model_copy(update=changes)})
-    args = ("tiny", family, params, paths)
+    changes = {"num_speculative_tokens": 1, "stock_generate": False, "cost_tokens": [], "seed": 12}
+    args = ("tiny", family_of(project, **changes), params, paths)
     stage.run_share(*args, Share(0, 2))
-    known = stage.identity
-    monkeypatch.setattr(stage, "identity", lambda *a: {**known(*a), "device": "another GPU"})
+    known = measuring.identity
+    monkeypatch.setattr(measuring, "identity", lambda *a: {**known(*a), "device": "another GPU"})
     stage.run_share(*args, Share(1, 2))
     with pytest.raises(UserError, match="shares of 2 kinds of machine"):
         stage.run(*args, lambda values, step: None, MERGE)

@@ -1,90 +1,84 @@
 """Chain drafting: alignment of rows, forgetting of speculative rows, honest probabilities."""
 
+import pytest
 import torch
 
 from specflow.decoding.chain import ChainDrafter
-from specflow.drafters.eagle3 import DraftCache, Eagle3Config, Eagle3Draft
+from specflow.decoding.eagle3 import Eagle3Session
+from specflow.decoding.sampling import GREEDY, Sampling
+from tests.decoding import H, Scratch, V, make_draft
 
-V, D, H = 40, 16, 32
-
-
-def make_draft(seed: int = 0) -> Eagle3Draft:
-    torch.manual_seed(seed)
-    draft = Eagle3Draft(
-        Eagle3Config(
-            hidden_size=H,
-            target_hidden_size=H,
-            intermediate_size=48,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            rms_norm_eps=1e-5,
-            max_position_embeddings=128,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-            vocab_size=V,
-            draft_vocab_size=D,
-            aux_layer_ids=[0, 1, 2],
-        )
-    )
-    chosen = torch.randperm(V)[:D].sort().values
-    draft.d2t.copy_(chosen - torch.arange(D))
-    draft.t2d[chosen] = True
-    return draft.eval().requires_grad_(False)
+D = 16
 
 
-def reference(
-    draft: Eagle3Draft, table: torch.Tensor, history: list[int], aux: torch.Tensor, num_tokens: int
-) -> list[int]:
-    """Greedy chain from scratch: row t reads aux_t and the token at t + 1, for every t before the last token."""
-    cache = DraftCache(draft.config, 128, torch.float32)
-    hidden = draft.decode(table[torch.tensor(history[1:])], draft.project(aux), cache)[-1:]
-    tokens: list[int] = []
-    for k in range(num_tokens):
-        if k:
-            hidden = draft.decode(table[torch.tensor(tokens[-1:])], hidden, cache)
-        draft_id = int(draft.logits(hidden).argmax())
-        tokens.append(draft_id + int(draft.d2t[draft_id]))
-    return tokens
+@pytest.fixture
+def table() -> torch.Tensor:
+    return torch.randn(V, H, generator=torch.Generator().manual_seed(4))
 
 
-def test_incremental_chain_equals_one_from_scratch() -> None:
+def sequence(length: int) -> tuple[list[int], torch.Tensor]:
+    """Tokens and the aux rows of all but the last."""
+    generator = torch.Generator().manual_seed(5)
+    history = torch.randint(0, V, (length,), generator=generator).tolist()
+    return history, torch.randn(length - 1, 3 * H, generator=generator)
+
+
+def make_chain(table: torch.Tensor) -> ChainDrafter:
+    return ChainDrafter(Eagle3Session(make_draft(draft_vocab_size=D), table, 128))
+
+
+def test_incremental_chain_equals_one_from_scratch(table: torch.Tensor) -> None:
     """Growing by several tokens at a time, speculative rows forgotten in between."""
-    draft, table = make_draft(), torch.randn(V, H)
-    history = torch.randint(0, V, (30,)).tolist()
-    aux = torch.randn(29, 3 * H)
-    chain = ChainDrafter(make_draft(), table, 128)
+    draft = make_draft(draft_vocab_size=D)
+    history, aux = sequence(30)
+    chain = make_chain(table)
     known = 7
     chain.start(history[: known + 1], aux[:known])
     new = aux[known - 1 : known]
     for grow in [1, 4, 2, 3, 1, 4]:
-        proposal = chain.propose(history[: known + 1], new, 4, 0.0, None)
-        assert proposal.token_ids == reference(draft, table, history[: known + 1], aux[:known], 4)
+        proposal = chain.propose(history[: known + 1], new, 4, GREEDY, None)
+        assert proposal.token_ids == Scratch(draft, table, history[: known + 1], aux[:known]).chain(4)
         assert all(draft.t2d[token] for token in proposal.token_ids)
         new, known = aux[known : known + grow], known + grow
 
 
-def test_start_forgets_the_previous_sequence() -> None:
-    chain = ChainDrafter(make_draft(), torch.randn(V, H), 128)
-    history, aux = torch.randint(0, V, (12,)).tolist(), torch.randn(11, 3 * H)
+def test_start_forgets_the_previous_sequence(table: torch.Tensor) -> None:
+    chain = make_chain(table)
+    history, aux = sequence(12)
     proposals = []
     for _ in range(2):
         chain.start(history, aux)
-        proposals.append(chain.propose(history, aux[-1:], 3, 0.0, None).token_ids)
+        proposals.append(chain.propose(history, aux[-1:], 3, GREEDY, None).token_ids)
     assert proposals[0] == proposals[1]
 
 
-def test_sampled_tokens_come_from_the_probabilities_handed_over() -> None:
-    table = torch.randn(V, H)
-    chain = ChainDrafter(make_draft(), table, 128)
-    history, aux = torch.randint(0, V, (12,)).tolist(), torch.randn(11, 3 * H)
+@pytest.mark.parametrize("sampling", [Sampling(0.7), Sampling(0.7, 0.8, 6)], ids=str)
+def test_sampled_tokens_come_from_the_probabilities_handed_over(table: torch.Tensor, sampling: Sampling) -> None:
+    chain, draft = make_chain(table), make_draft(draft_vocab_size=D)
+    history, aux = sequence(12)
     generator = torch.Generator().manual_seed(1)
     chain.start(history, aux)
     counts, num = torch.zeros(V), 3000
     for _ in range(num):
-        chain._verified = chain._cache.length = 10
-        proposal = chain.propose(history, aux[-1:], 1, 0.7, generator)
+        chain.session.verified = 10  # as before the proposal
+        proposal = chain.propose(history, aux[-1:], 1, sampling, generator)
         counts[proposal.token_ids[0]] += 1
-    expected = proposal.probs(0, V)
-    assert abs(float(expected.sum()) - 1) < 1e-5
+    assert proposal.draft_probs is not None and proposal.target_ids is not None
+    expected = torch.zeros(V).scatter_(0, proposal.target_ids, proposal.draft_probs[0])
+    scratch = sampling.probabilities(Scratch(draft, table, history, aux).logits([]))
+    torch.testing.assert_close(proposal.draft_probs[0], scratch)
     assert float((counts / num - expected).abs().max()) < 0.04
-    assert float(expected[~make_draft().t2d].sum()) == 0.0
+    assert float(expected[~draft.t2d].sum()) == 0.0 and float(counts[expected == 0].sum()) == 0.0
+
+
+def test_a_sampled_chain_feeds_back_what_it_sampled(table: torch.Tensor) -> None:
+    chain, draft = make_chain(table), make_draft(draft_vocab_size=D)
+    history, aux = sequence(12)
+    chain.start(history, aux)
+    proposal = chain.propose(history, aux[-1:], 4, Sampling(2.0), torch.Generator().manual_seed(3))
+    scratch = Scratch(draft, table, history, aux)
+    assert proposal.draft_probs is not None
+    for k in range(4):
+        expected = Sampling(2.0).probabilities(scratch.logits(proposal.token_ids[:k]))
+        torch.testing.assert_close(proposal.draft_probs[k], expected, rtol=1e-4, atol=1e-6)
+    assert proposal.token_ids != scratch.chain(4), "a greedy chain would prove nothing"

@@ -16,9 +16,9 @@ from specflow import files
 from specflow.errors import UserError
 from specflow.paths import Paths
 from specflow.stage import check_listed
-from tests.unit.test_report import summary
+from tests.measurements import make_records, make_summary
 
-HEAVY = ("torch", "transformers", "mlflow", "dvc", "datasets", "matplotlib", "numpy", "pydantic")
+HEAVY = ("torch", "transformers", "mlflow", "dvc", "datasets", "altair", "vl_convert", "numpy", "pydantic")
 
 
 def specflow(*arguments: str, code: int = 2) -> str:
@@ -94,11 +94,17 @@ def test_init_twice_changes_nothing(project: Path, monkeypatch: pytest.MonkeyPat
 
 def test_results(project: Path, paths: Paths) -> None:
     assert "no results yet" in specflow("results")
-    files.write_json(paths.bench / "summary.json", summary())
+    summary = make_summary(make_records())
+    files.write_json(paths.bench / "summary.json", summary)
     table = specflow("results", code=0)
     row = next(line for line in table.splitlines() if line.startswith("human_eval"))
-    assert row.split() == ["human_eval", "1.88", "0.58", "0.30", "63.3", "48.3", "1.31x", "[1.24,", "1.40]", "yes"]
-    assert summary()["verdict"] in table and "mlflow ui" in table
+    of_set = summary["sets"]["human_eval"]
+    numbers = [of_set["acceptance_length"], *of_set["survival"]]
+    speeds = [f"{of_set['tok_s']:.1f}", f"{of_set['baseline_tok_s']:.1f}", f"{of_set['speedup']:.2f}x"]
+    low, high = of_set["speedup_ci"]
+    interval = [f"[{low:.2f},", f"{high:.2f}]"]
+    assert row.split() == ["human_eval", *(f"{value:.2f}" for value in numbers), *speeds, *interval, "yes"]
+    assert summary["verdict"] in table and "mlflow ui" in table
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

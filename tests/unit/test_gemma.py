@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from specflow.config import Target
 from specflow.data import vocab
 from specflow.decoding.chain import ChainDrafter
+from specflow.decoding.eagle3 import Eagle3Session
 from specflow.decoding.generate import generate
 from specflow.decoding.lookup import LookupDrafter
 from specflow.errors import UserError
@@ -98,7 +99,7 @@ def test_speculation_is_lossless_beyond_the_sliding_window(project: TinyProject)
     model = optimise_for_inference(load_model(facts, cache))
     draft = initial_draft(facts, project.family, cache, project.paths.vocab, [2, 3, 4])
     target = CachedTarget(model, num_rows=1, max_length=100, aux_layer_ids=[2, 3, 4])
-    chain = ChainDrafter(draft, model.get_input_embeddings().weight, 100)
+    chain = ChainDrafter(Eagle3Session(draft, model.get_input_embeddings().weight, 100))
     for drafter, k in ((None, 0), (chain, 1), (chain, 3), (LookupDrafter(), 4)):
         got = generate(
             target,

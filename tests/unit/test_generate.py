@@ -2,72 +2,37 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig
 
+from specflow.bench.settings import DynamicTree, StaticTree
 from specflow.decoding.chain import ChainDrafter
-from specflow.decoding.generate import Generation, generate
+from specflow.decoding.generate import Drafter, Generation, generate
 from specflow.decoding.lookup import LookupDrafter
+from specflow.decoding.sampling import Sampling
+from specflow.decoding.tree import TreeDrafter
 from specflow.decoding.verify import Proposal
-from specflow.drafters.eagle3 import Eagle3Config, Eagle3Draft
 from specflow.errors import UserError
 from specflow.targets.attention import optimise_for_inference
 from specflow.targets.cached import CachedTarget
+from tests.decoding import AUX, PROMPT, KnownTree, V, fits, make_model, make_session, make_target
 
-V, H, AUX = 64, 32, [1, 2, 3]
-PROMPT = [5, 9, 2, 40, 7, 7, 31]
-
-
-def make_model(num_heads: int = 4) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=V,
-        hidden_size=H,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=num_heads,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        attn_implementation="sdpa",
-        eos_token_id=None,
-        bos_token_id=None,
-    )
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    for name, weight in model.named_parameters():
-        if weight.ndim == 2:  # wide enough for the choice to depend on the context
-            weight.normal_(0.0, 1.0 if "embed" in name else 1.5 / weight.shape[1] ** 0.5)
-    return model
-
-
-def make_target(max_length: int = 200) -> CachedTarget:
-    return CachedTarget(optimise_for_inference(make_model()), num_rows=1, max_length=max_length, aux_layer_ids=AUX)
+TREES = [
+    DynamicTree(total_token=40, depth=4, top_k=16),
+    DynamicTree(total_token=8, depth=3, top_k=3),
+    StaticTree(branches=[[0], [1], [5], [0, 0], [0, 2], [1, 0], [1, 0, 0], [1, 0, 4]]),
+]
 
 
 def make_chain(target: CachedTarget) -> ChainDrafter:
-    torch.manual_seed(1)
-    config = Eagle3Config(
-        hidden_size=H,
-        target_hidden_size=H,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=256,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        vocab_size=V,
-        draft_vocab_size=V,
-        aux_layer_ids=AUX,
-    )
-    return ChainDrafter(Eagle3Draft(config), target.model.get_input_embeddings().weight, target.max_length)
+    return ChainDrafter(make_session(target))
 
 
 def run(
     target: CachedTarget,
-    drafter: object = None,
+    drafter: Drafter | None = None,
     *,
     k: int = 3,
     new: int = 40,
@@ -94,6 +59,9 @@ class KnownDrafter:
     def start(self, history: Sequence[int], aux: torch.Tensor | None) -> None:
         assert aux is not None and len(aux) == len(history) - 1
 
+    def max_nodes(self, num_tokens: int) -> int:
+        return num_tokens
+
     def propose(self, history: Sequence[int], aux: torch.Tensor, num_tokens: int, *_: object) -> Proposal:
         at = len(history) - len(PROMPT)
         drafted = (self.answer + [0] * num_tokens)[at : at + num_tokens]
@@ -117,6 +85,43 @@ def test_greedy_speculation_equals_plain_greedy(k: int) -> None:
         result = run(target, drafter, k=k, new=60)
         assert result.token_ids == plain
         assert len(plain) == 1 + sum(accepted + 1 for _, accepted in result.steps) - result.num_cut
+
+
+@pytest.mark.parametrize("tree", TREES, ids=str)
+def test_greedy_trees_equal_plain_greedy(tree: DynamicTree | StaticTree) -> None:
+    target = make_target()
+    plain = run(target, new=100).token_ids
+    result = run(target, TreeDrafter(make_session(target), tree), k=tree.depth, new=100)
+    assert result.token_ids == plain
+    assert sum(accepted for _, accepted in result.steps) > 0, "the random draft was right by chance"
+    assert len(plain) == 1 + sum(accepted + 1 for _, accepted in result.steps) - result.num_cut
+    assert {drafted for drafted, _ in result.steps} == {tree.total_token - 1}
+
+
+@pytest.mark.parametrize("num_right", [0, 1, 2, None])
+def test_the_right_path_through_a_tree_is_found_wherever_it_lies(num_right: int | None) -> None:
+    """Random trees with one right path: acceptance is its length, the output plain decoding, step by step."""
+    target = make_target()
+    plain = run(target, new=120).token_ids
+    drafter = KnownTree(PROMPT, plain, num_right)
+    result = run(target, drafter, new=100)
+    assert result.token_ids == plain[:100]
+    assert [accepted for _, accepted in result.steps] == [len(path) for path in drafter.expected]
+    if num_right != 0:
+        assert any(path != list(range(len(path))) for path in drafter.expected), "keys and values had to move"
+    else:
+        assert len(result.steps) == 99
+
+
+@pytest.mark.parametrize("num_right", [0, 1, 2, 3])
+def test_a_tree_never_sometimes_always(num_right: int) -> None:
+    """Root -> 0, 1; 0 -> 2; 1 -> 3, 4; 3 -> 5, the right path 1, 3, 5: right down to depth i gives length i + 1."""
+    target = make_target()
+    plain = run(target, new=80).token_ids
+    result = run(target, KnownTree(PROMPT, plain, num_right, shape=([-1, -1, 0, 1, 1, 3], [1, 3, 5])), new=61)
+    assert result.token_ids == plain[:61]
+    assert {accepted + 1 for _, accepted in result.steps} == {num_right + 1}
+    assert len(result.steps) == -(-60 // (num_right + 1))
 
 
 def test_a_target_and_its_drafter_serve_one_sequence_after_another() -> None:
@@ -163,22 +168,50 @@ def test_prompt_longer_than_the_context_is_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_sampled_speculation_has_the_targets_distribution(temperature: float) -> None:
-    """Second token given the first, over many seeds: frequencies against the target's own probabilities."""
-    target = make_target()
-    chain = make_chain(target)
+@pytest.mark.parametrize(
+    "tree",
+    [None, DynamicTree(total_token=5, depth=2, top_k=2), StaticTree(branches=[[0], [2], [0, 0], [0, 1]])],
+    ids=["chain", "dynamic tree", "static tree"],
+)
+def test_sampled_speculation_has_the_targets_distribution(tree: DynamicTree | StaticTree | None) -> None:
+    """Target and draft of 5 tokens: the joint distribution of three tokens, of which a draft of depth 2 proposes the
+    second and the third together, against the target's own truncated probabilities: chi-square.
+    """
+    sampling = Sampling(1.3, 0.97, 4)
+    target = make_target(vocab_size=5, num_layers=3)
+    session = make_session(target, draft_vocab_size=4)
+    drafter = ChainDrafter(session) if tree is None else TreeDrafter(session, tree)
+    prompt = [3, 1, 4, 1, 2]
+
+    def probabilities(*path: int) -> np.ndarray:
+        target.lengths[0] = 0
+        logits = target.logits(target.forward(torch.tensor([[*prompt, *path]]))[0, -1])
+        return sampling.probabilities(logits).double().numpy()
+
+    exact = np.einsum(
+        "a,ab,abc->abc",
+        probabilities(),
+        np.stack([probabilities(a) for a in range(5)]),
+        np.stack([[probabilities(a, b) for b in range(5)] for a in range(5)]),
+    )
     generator = torch.Generator().manual_seed(5)
-    results = [run(target, chain, new=2, temperature=temperature, generator=generator).token_ids for _ in range(400)]
-    target.lengths[0] = 0
-    probs = torch.softmax(target.logits(target.forward(torch.tensor([PROMPT]))[0, -1]) / temperature, -1)
-    first = max(range(V), key=lambda token: float(probs[token]))
-    seconds = [tokens[1] for tokens in results if tokens[0] == first]
-    target.lengths[0] = len(PROMPT)
-    probs = torch.softmax(target.logits(target.forward(torch.tensor([[first]]))[0, -1]) / temperature, -1)
-    frequencies = torch.bincount(torch.tensor(seconds), minlength=V) / len(seconds)
-    assert len(seconds) > 40
-    assert float((frequencies - probs).abs().max()) < 4 * float(((probs * (1 - probs)) / len(seconds)).sqrt().max())
+    observed, accepted = np.zeros((5, 5, 5)), []
+    for _ in range(300):
+        done = generate(
+            target,
+            prompt,
+            max_new_tokens=3,
+            eos_ids=(),
+            drafter=drafter,
+            num_speculative_tokens=2,
+            sampling=sampling,
+            generator=generator,
+        )
+        observed[tuple(done.token_ids)] += 1
+        accepted += [step[1] for step in done.steps]
+    assert {0, 1, 2} <= set(accepted)
+    assert observed[exact == 0].sum() == 0
+    assert fits(observed, exact) > 1e-3
 
 
 def test_optimised_forward_equals_the_plain_one() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from specflow.promote import Evidence, decide, differences, paired_interval, shortcomings
 from tests.evidence import make_records, make_summary
 
+FASTER = {"a": 2.0, "b": 2.0}
 QUESTIONS = [f"q{number}" for number in range(8)]
 
 
@@ -78,10 +80,20 @@ def test_a_lossy_draft_is_never_champion() -> None:
 
 
 def test_one_question_and_a_length_of_one_are_shortcomings() -> None:
-    assert shortcomings(evidence({"a": 2.0})) == ["it was measured on one question, which gives no interval"]
-    broken = evidence(2.0)
-    broken.summary["overall"]["acceptance_length"] = 1.01
-    assert shortcomings(broken) == ["its acceptance length is 1.01: wrong weights or template"]
+    none = "its benchmark allows no conclusion: "
+    assert shortcomings(evidence({"a": 2.0})) == [f"{none}one question gives no interval"]
+    rejected = [dataclasses.replace(r, steps=[[1, 0]] * 12) if r.engine == "draft" else r for r in make_records(FASTER)]
+    broken = Evidence(make_summary(rejected), rejected)
+    assert shortcomings(broken) == [f"{none}acceptance length is 1.00, which means wrong weights or template"]
+
+
+def test_a_benchmark_that_allows_no_conclusion_makes_no_champion() -> None:
+    records = make_records(FASTER)
+    busy = make_summary(records)["conclusion"] | {"conclusion": "no conclusion", "reasons": ["the machine was busy"]}
+    decision = decide(Evidence({**make_summary(records), "conclusion": busy}, records), None)
+    assert not decision.promote and "allows no conclusion: the machine was busy" in decision.sentences[-1]
+    old = {key: value for key, value in make_summary(records).items() if key != "conclusion"}
+    assert "benchmark it again" in decide(Evidence(old, records), None).sentences[-1]
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 
 from specflow.bench import report, served, served_stage
-from specflow.bench.metrics import Record
+from specflow.bench.records import Record
 from specflow.bench.served import WARM_UP_TOKENS, Plan
 from specflow.bench.served_client import Request
-from specflow.config import BenchServe, Family, Params, parse_params
+from specflow.bench.settings import BenchServe
+from specflow.config import Family, Params, parse_params
 from specflow.drafters.eagle3 import Eagle3Config, Eagle3Draft
 from specflow.errors import UserError
 from specflow.export.eagle3 import save_export
@@ -360,17 +361,17 @@ def test_blocks_of_other_settings_are_not_kept(made: tuple[Params, Paths], pair:
 
 
 def test_the_report_shows_it(made: tuple[Params, Paths], pair: Pair, tmp_path: Path) -> None:
-    from tests.unit.test_report import write_family
+    from tests.measurements import write_family
 
     plan = plan_for(made, pair, tmp_path, concurrency=[1])
     write_family(plan.paths)
     write_json(plan.paths.metrics("train_offline"), {"survival_1": 1.0, "survival_2": 0.9})
     found = served_stage.run(plan, made[0], in_process(), plan.paths.bench)
     report.run_report(made[0], {"tiny": plan.paths})
-    html, markdown = ((plan.paths.report / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "md"))
+    html, markdown = ((plan.paths.report / f"tiny.{kind}").read_text(encoding="utf-8") for kind in ("html", "md"))
     for text in (html, markdown):
         assert found["verdict"] in text and "served 2.50" in re.sub("</?strong>", "", text)
         assert "training expected" in text and "Gap" in text and "-13.8 %" in text
         assert "Server and in-process chain agree" in text
-    assert html.count("<svg") == 8 and "target&#39;s output: holds" in html and "dtype: not told" in html
+    assert html.count('<svg class="drawn"') == 16 and "target&#39;s output: holds" in html and "dtype: not told" in html
     assert "| 1 |" in markdown and "0 of 24 |" in markdown

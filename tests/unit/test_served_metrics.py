@@ -270,7 +270,7 @@ def test_a_level_pairs_requests_and_repeats() -> None:
     assert level["speedup_range"] == pytest.approx([2.0 / 1.6, 2.0])
     assert level["lossless_rate"] == 0.5
     assert level["first_divergence"] == {
-        "set": "s", "question_id": "q0", "turn": 0, "repeat": 1, "position": 2, "expected": 3, "got": 9,
+        "set": "s", "question_id": "q0", "turn": 0, "sample": 0, "repeat": 1, "position": 2, "expected": 3, "got": 9,
     }  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def test_numbers_of_shares_are_put_together() -> None:
 
 def test_what_can_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(sharding.RAY_ADDRESS, raising=False)
-    monkeypatch.setattr(sharding, "_has_gpus", lambda: False)
+    monkeypatch.setattr(sharding, "has_gpus", lambda: False)
     asked = Resources(gpus=1, shards=4, declared=True)
     assert sharding.split("extract", "x", asked) == asked
     assert sharding.split("train_offline", "x", asked).shards == 1

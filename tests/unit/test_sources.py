@@ -138,6 +138,28 @@ def test_hub_data_set_is_resolved_once_to_its_commit(tmp_path: Path, monkeypatch
     assert calls == [("org/name", "dataset", "main")]
 
 
+def test_one_file_of_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    commit, calls = "a1" * 20, []
+
+    def download(name: str, *, revision: str, cache_dir: Path, allow_patterns: list[str], **_: object) -> str:
+        calls.append((name, revision, allow_patterns))
+        folder = cache_dir / "datasets--org--name" / "snapshots" / commit
+        (folder / "main").mkdir(parents=True, exist_ok=True)
+        (folder / "main" / "test.parquet").touch()
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)  # the network is the one thing replaced
+    source = Source(source=f"hf:org/name@{commit}/main/test.parquet")
+    first = sources.resolve(source, tmp_path)
+    assert first.is_file() and first.parts[-3:] == (commit, "main", "test.parquet")
+    assert sources.resolve(source, tmp_path) == first
+    assert calls == [("org/name", commit, ["main/test.parquet"])]
+    with pytest.raises(UserError, match=r"the data set has no 'main/train.parquet' at that commit"):
+        sources.resolve(Source(source=f"hf:org/name@{commit}/main/train.parquet"), tmp_path)
+
+
 def test_hub_without_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError

@@ -85,11 +85,12 @@ def test_bench_has_the_fixed_names(client: Any, params: Params, paths: Paths) ->
     run_stage("bench", params, paths, write_bench(paths, {"a": 1.25, "b": 1.25}))
     bench = by_stage(client)["bench"]
     expected = {
-        "accept/length": 2.0,
+        **{f"accept/length{end}": 2.0 for end in ("", "_low", "_high", "_macro")},
         "accept/pos_1": 1.0,
         "bench/speedup": 1.25,
         "bench/speedup_low": 1.25,
         "bench/speedup_high": 1.25,
+        "bench/speedup_mean_of_ratios": 1.25,
         "bench/tok_s": 13 / 0.8,
         "bench/baseline_tok_s": 13.0,
         "bench/lossless": 1.0,
@@ -97,8 +98,9 @@ def test_bench_has_the_fixed_names(client: Any, params: Params, paths: Paths) ->
         "bench/num_speculative_tokens": 1.0,
         "bench/seconds": 8.0,
         "bench/gpu_seconds": 16.0,
-        **{f"questions/accept_{name}": value for name, value in (("length", 2.0), ("pos_1", 1.0))},
-        **{f"questions/bench_speedup{end}": 1.25 for end in ("", "_low", "_high")},
+        **{f"questions/accept_length{end}": 2.0 for end in ("", "_low", "_high", "_macro")},
+        "questions/accept_pos_1": 1.0,
+        **{f"questions/bench_speedup{end}": 1.25 for end in ("", "_low", "_high", "_mean_of_ratios")},
         "questions/bench_tok_s": 13 / 0.8,
         "questions/bench_baseline_tok_s": 13.0,
         "questions/bench_lossless": 1.0,

@@ -17,6 +17,7 @@ import httpx
 from specflow.config import parse_params
 from specflow.data import vocab
 from specflow.decoding.chain import ChainDrafter
+from specflow.decoding.eagle3 import Eagle3Session
 from specflow.decoding.generate import Generation, generate
 from specflow.drafters.eagle3 import Eagle3Draft, load_draft
 from specflow.export import stage as export
@@ -74,7 +75,7 @@ def prompts(project: TinyProject) -> list[list[int]]:
 def in_process(project: TinyProject, draft: Eagle3Draft | None) -> list[Generation]:
     model = load_model(project.facts, project.paths.cache)
     target = CachedTarget(model, num_rows=1, max_length=200, aux_layer_ids=draft.config.aux_layer_ids if draft else ())
-    drafter = None if draft is None else ChainDrafter(draft, model.get_input_embeddings().weight, 200)
+    drafter = None if draft is None else ChainDrafter(Eagle3Session(draft, model.get_input_embeddings().weight, 200))
     done = [
         generate(
             target,

@@ -1,0 +1,120 @@
+"""Whether the machine stayed the same over the run: the target's own speed over time, and the speedup of each repeat.
+
+Each request is timed again in every repeat, minutes to hours later. What changes between those times is the machine,
+as the work is the same. The engines of a pair run one after the other, so that a slow drift hits both: it is reported.
+A speedup that itself changes from repeat to repeat by more than the effect allows no conclusion.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from specflow.bench.metrics import speedup, tok_s
+from specflow.bench.records import Record, paired
+
+_NORMAL_95 = 1.959964
+
+
+def drift(baseline: Sequence[Record], engine: Sequence[Record]) -> dict[str, Any]:
+    """Drift of the target's own speed, and both speeds by repeat.
+
+    `baseline_per_hour`: relative change of its tokens per second in an hour; `baseline_change`: the same over the whole
+    run, `span_s`, with a 95 % interval. They are None where the records carry no times or nothing was repeated.
+    """
+    timed = [r for r in baseline if r.started_at > 0 and len(r.token_ids) > 0]
+    span_s = max(r.started_at + r.total_s for r in timed) - min(r.started_at for r in timed) if timed else None
+    found: dict[str, Any] = {
+        "span_s": span_s,
+        "baseline_per_hour": None,
+        "baseline_change": None,
+        "baseline_change_ci": None,
+        "by_repeat": by_repeat(baseline, engine),
+    }
+    line = log_speed_per_second(timed)
+    if line is not None and span_s is not None:
+        slope, error = line
+        found["baseline_per_hour"] = _grown(slope * 3600)
+        found["baseline_change"] = _grown(slope * span_s)
+        found["baseline_change_ci"] = [_grown((slope + side * _NORMAL_95 * error) * span_s) for side in (-1, 1)]
+    return found
+
+
+def _grown(exponent: float) -> float:
+    """Relative change of a logarithm's change; capped, as a run of a second can have any slope."""
+    return math.expm1(min(exponent, 50.0))
+
+
+def log_speed_per_second(records: Sequence[Record]) -> tuple[float, float] | None:
+    """Least squares slope of log(tokens per second) over `started_at`, and its standard error.
+
+    Each request has a level of its own, as long and short ones differ in speed: only differences between the repeats of
+    one request count. None where none was repeated.
+    """
+    groups: dict[tuple[str, str, int, int], list[tuple[float, float]]] = defaultdict(list)
+    for record in records:
+        groups[record.request].append((record.started_at, math.log(tok_s([record]))))
+    within = [np.array(rows) - np.mean(rows, axis=0) for rows in groups.values() if len(rows) > 1]
+    if not within:
+        return None
+    times, speeds = np.concatenate(within).T
+    freedom = len(times) - len(within) - 1
+    spread = float(times @ times)
+    if freedom < 1 or spread <= 0:
+        return None
+    slope = float(times @ speeds) / spread
+    rest = speeds - slope * times
+    return slope, math.sqrt(float(rest @ rest) / freedom / spread)
+
+
+def by_repeat(baseline: Sequence[Record], engine: Sequence[Record]) -> list[dict[str, Any]]:
+    """Both speeds and the speedup of each repeat, over the pairs that it has."""
+    rows = []
+    for repeat in sorted({record.repeat for record in baseline}):
+        pairs = paired([r for r in baseline if r.repeat == repeat], [r for r in engine if r.repeat == repeat])
+        if pairs:
+            speeds = {"baseline_tok_s": tok_s([b for b, _ in pairs]), "tok_s": tok_s([e for _, e in pairs])}
+            rows.append({"repeat": repeat, "num_pairs": len(pairs), **speeds, "speedup": speedup(pairs)})
+    return rows
+
+
+def most_at_once(records: Sequence[Record]) -> int:
+    """The most requests that were under way at the same time: 1 for one worker, 0 where the times are not known."""
+    timed = [r for r in records if r.started_at > 0]
+    # A hundredth is left off each request: the wall clock that starts it and the one that times it are not the same.
+    ends = [(r.started_at + 0.99 * r.total_s, -1) for r in timed]
+    running, most = 0, 0
+    for _, change in sorted([*((r.started_at, 1) for r in timed), *ends]):
+        running += change
+        most = max(most, running)
+    return most
+
+
+def machine_load(wait_s: float = 0.5) -> dict[str, float | int | None]:
+    """What else the machine does, to be asked before a run begins its own work.
+
+    `busy_share`: share of all cores' time that was not idle while this process slept for `wait_s`; what a hypervisor
+    took away counts. `load_average`: of the last minute, which also remembers our own earlier work. None: not known.
+    """
+    before = _cpu_times()
+    time.sleep(wait_s)
+    after = _cpu_times()
+    busy = None
+    if before is not None and after is not None and sum(after) > sum(before):
+        idle = sum(after[3:5]) - sum(before[3:5])  # idle and waiting for a disk
+        busy = 1.0 - idle / (sum(after) - sum(before))
+    average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {"busy_share": busy, "load_average": average, "num_cores": os.cpu_count()}
+
+
+def _cpu_times() -> list[int] | None:
+    """user, nice, system, idle, iowait, irq, softirq, steal of all cores since the start (proc(5))."""
+    file = Path("/proc/stat")
+    return [int(word) for word in file.read_text().split("\n", 1)[0].split()[1:9]] if file.exists() else None

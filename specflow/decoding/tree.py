@@ -1,0 +1,200 @@
+"""Tree drafting with an EAGLE-3 draft: several continuations at once, of which the target follows at most one.
+
+A static tree has the same branches at every step. A dynamic tree is EAGLE-2's (arXiv 2406.16858, section 4): each level
+expands the `top_k` nodes whose paths the draft finds likeliest, then the likeliest of all nodes are kept. Either is
+grown on the device, level by level, without the host waiting; tokens and shape come back in one transfer.
+
+Legend: b rows of a level, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specflow.bench.settings import DynamicTree, StaticTree
+from specflow.decoding.eagle3 import Eagle3Session
+from specflow.decoding.sampling import Sampling
+from specflow.decoding.verify import Proposal
+from specflow.errors import UserError
+
+
+class _Growing(Protocol):
+    num_rows: int
+    """Rows of the draft's cache beyond those of verified positions."""
+
+    def grow(self, session: Eagle3Session, hidden: Tensor, temperature: float) -> Proposal: ...
+
+
+class TreeDrafter:
+    """Drafts `tree`; its tokens are certainties also where the target samples. Raises UserError for a tree that is
+    wider than the draft's vocabulary.
+    """
+
+    def __init__(self, session: Eagle3Session, tree: DynamicTree | StaticTree) -> None:
+        self.session, self.tree = session, tree
+        width = tree.top_k if isinstance(tree, DynamicTree) else 1 + max(max(path) for path in tree.branches)
+        known = session.draft.config.draft_vocab_size
+        if width > known:
+            raise UserError(f"tree takes the {width} likeliest tokens of a draft that knows {known}: make it narrower")
+        self._growing: _Growing = _Dynamic(tree, session) if isinstance(tree, DynamicTree) else _Static(tree, session)
+        session.reserve(self._growing.num_rows)
+
+    def start(self, history: Sequence[int], aux: Tensor | None) -> None:
+        self.session.start(history, aux)
+
+    def max_nodes(self, num_tokens: int) -> int:
+        return self.tree.total_token - 1
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        history: Sequence[int],
+        aux: Tensor | None,
+        num_tokens: int,
+        sampling: Sampling,
+        generator: torch.Generator | None,
+    ) -> Proposal:
+        """Draft the tree after `history`; `num_tokens` is its depth. The host waits for the device once, at the end.
+
+        `aux` [n, A * H] are the rows of the n positions verified since the last call: those before the last token.
+        """
+        assert num_tokens == self.tree.depth, "a tree has its own depth"
+        hidden = self.session.ingest(history, aux)[-1:]
+        return self._growing.grow(self.session, hidden, 1.0 if sampling.greedy else sampling.temperature)
+
+    @torch.inference_mode()
+    def candidates(
+        self, history: Sequence[int], aux: Tensor | None, sampling: Sampling
+    ) -> tuple[list[int], list[int], list[float]]:
+        """Token, parent and log probability of the path, of all that a dynamic tree keeps the likeliest of; `aux` as in
+        `propose`.
+        """
+        assert isinstance(self._growing, _Dynamic), "a static tree keeps what it drafts"
+        hidden = self.session.ingest(history, aux)[-1:]
+        found = self._growing.expand(self.session, hidden, 1.0 if sampling.greedy else sampling.temperature)
+        tokens, parents, scores = (part.tolist() for part in found)
+        return tokens, parents, scores
+
+
+class _Dynamic:
+    def __init__(self, tree: DynamicTree, session: Eagle3Session) -> None:
+        self.tree = tree
+        self.num_rows = tree.top_k * (tree.depth - 1)
+        self._itself = _mask_of(torch.eye(tree.top_k, dtype=torch.bool), session)
+
+    def grow(self, session: Eagle3Session, hidden: Tensor, temperature: float) -> Proposal:
+        """`hidden` [1, H]: recycled state of the last verified row."""
+        return self._best(*self.expand(session, hidden, temperature))
+
+    def expand(self, session: Eagle3Session, hidden: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, parents and scores [candidates] of all levels; a score is the log probability of a node's path."""
+        k = self.tree.top_k
+        tokens: list[Tensor] = []  # of every candidate so far, level by level
+        parents: list[Tensor] = []
+        scores: list[Tensor] = []
+        reached = hidden.new_zeros(1, dtype=torch.float32)  # log probability of the path to each row of the level
+        rows = torch.full((1,), -1, device=hidden.device)  # candidate that each row of the level is
+        mask: Tensor | None = None
+        num_candidates = 0
+        for level in range(1, self.tree.depth + 1):
+            best = (session.draft.logits(hidden).float() / temperature).log_softmax(-1).topk(k)
+            scores.append((reached[:, None] + best.values.clamp_(max=0.0)).flatten())  # no child above its parent
+            tokens.append(session.target_ids[best.indices].flatten())
+            parents.append(rows.repeat_interleave(k))
+            if level == self.tree.depth:
+                break
+            chosen = _likeliest(scores[-1], k)
+            source = chosen // k
+            reached, rows = scores[-1][chosen], chosen + num_candidates
+            num_candidates += len(scores[-1])
+            mask = self._itself if mask is None else torch.cat((mask[source], self._itself), dim=1)
+            hidden = _step(session, tokens[-1][chosen], hidden[source], level, mask if k > 1 else None)
+        return torch.cat(tokens), torch.cat(parents), torch.cat(scores)
+
+    def _best(self, tokens: Tensor, parents: Tensor, scores: Tensor) -> Proposal:
+        """The likeliest candidates, in their order. A parent is never less likely than its child and comes first among
+        equals, so it is never left out.
+        """
+        kept = _likeliest(scores, min(self.tree.total_token - 1, len(scores))).sort().values
+        places = torch.full((len(scores) + 1,), -1, device=kept.device)  # the last for the root: index -1
+        places[kept] = torch.arange(len(kept), device=kept.device)
+        token_ids, parent_ids = torch.stack((tokens[kept], places[parents[kept]])).tolist()
+        return Proposal(token_ids, parent_ids)
+
+
+@dataclass(frozen=True)
+class _Level:
+    """Nodes of one depth: which row of the level before drafts each, and which of them draft in turn."""
+
+    width: int
+    """Most tokens that a row drafts."""
+    source: Tensor
+    """[n] row that drafts the node."""
+    rank: Tensor
+    """[n] at which rank."""
+    rows: Tensor
+    """[b] nodes that become rows."""
+    row_source: Tensor
+    """[b] source of those."""
+    mask: Tensor | None
+    """[b, rows so far + b] additive; None: every row sees every row so far."""
+
+
+class _Static:
+    def __init__(self, tree: StaticTree, session: Eagle3Session) -> None:
+        paths = sorted((tuple(branch) for branch in tree.branches), key=lambda path: (len(path), path))
+        places = {(): -1} | {path: i for i, path in enumerate(paths)}
+        self.parents = [places[path[:-1]] for path in paths]
+        drafting = [path for path in paths if any(other[:-1] == path for other in paths)]  # these are rows
+        self.num_rows = len(drafting)
+        self.levels: list[_Level] = []
+        for depth in range(1, tree.depth + 1):
+            nodes = [path for path in paths if len(path) == depth]
+            before = [path for path in [(), *drafting] if len(path) == depth - 1]
+            rows = [path for path in drafting if len(path) == depth]
+            so_far = [path for path in drafting if len(path) <= depth]
+            sees = torch.tensor([[other == path[: len(other)] for other in so_far] for path in rows], dtype=torch.bool)
+            level = _Level(
+                width=1 + max(path[-1] for path in nodes),
+                source=_numbers((before.index(path[:-1]) for path in nodes), session),
+                rank=_numbers((path[-1] for path in nodes), session),
+                rows=_numbers((nodes.index(path) for path in rows), session),
+                row_source=_numbers((before.index(path[:-1]) for path in rows), session),
+                mask=None if bool(sees.all()) else _mask_of(sees, session),
+            )
+            self.levels.append(level)
+
+    def grow(self, session: Eagle3Session, hidden: Tensor, temperature: float) -> Proposal:
+        """`hidden` [1, H]: recycled state of the last verified row."""
+        tokens: list[Tensor] = []
+        for depth, level in enumerate(self.levels, start=1):
+            best = session.draft.logits(hidden).topk(level.width).indices
+            tokens.append(session.target_ids[best[level.source, level.rank]])
+            if depth < len(self.levels):
+                hidden = _step(session, tokens[-1][level.rows], hidden[level.row_source], depth, level.mask)
+        return Proposal(torch.cat(tokens).tolist(), self.parents)
+
+
+def _likeliest(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` highest scores, the first among equals."""
+    return scores.sort(descending=True, stable=True).indices[:count]
+
+
+def _numbers(values: Iterable[int], session: Eagle3Session) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int64, device=session.device)
+
+
+def _mask_of(sees: Tensor, session: Eagle3Session) -> Tensor:
+    return torch.zeros(sees.shape, dtype=session.dtype).masked_fill_(~sees, float("-inf")).to(session.device)
+
+
+def _step(session: Eagle3Session, token_ids: Tensor, hidden: Tensor, depth: int, mask: Tensor | None) -> Tensor:
+    """Feed the rows of a level, which see all verified rows and those of the proposal that `mask` shows."""
+    if mask is not None:
+        mask = torch.cat((mask.new_zeros(len(mask), session.verified), mask), dim=1)
+    return session.step(token_ids, hidden, session.verified + depth - 1, mask)

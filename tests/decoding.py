@@ -1,0 +1,173 @@
+"""A tiny target and a tiny draft that speak the same vocabulary, for tests of drafting and verification."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy.stats import chisquare
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from specflow.decoding.eagle3 import Eagle3Session
+from specflow.decoding.sampling import Sampling
+from specflow.decoding.verify import Proposal
+from specflow.drafters.eagle3 import DraftCache, Eagle3Config, Eagle3Draft
+from specflow.targets.attention import optimise_for_inference
+from specflow.targets.cached import CachedTarget
+
+V, H, AUX = 64, 32, [1, 2, 3]
+PROMPT = [5, 9, 2, 40, 7, 7, 31]
+
+
+def make_model(num_heads: int = 4, vocab_size: int = V, num_layers: int = 4) -> LlamaForCausalLM:
+    """A random fp32 Llama whose greedy choice depends on the context."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=H,
+        intermediate_size=48,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2:
+            weight.normal_(0.0, 1.0 if "embed" in name else 1.5 / weight.shape[1] ** 0.5)
+    return model
+
+
+def make_target(max_length: int = 200, *, aux_layer_ids: Sequence[int] = AUX, **shape: int) -> CachedTarget:
+    model = optimise_for_inference(make_model(**shape))
+    return CachedTarget(model, num_rows=1, max_length=max_length, aux_layer_ids=aux_layer_ids)
+
+
+def make_draft(seed: int = 0, vocab_size: int = V, draft_vocab_size: int | None = None) -> Eagle3Draft:
+    """A random draft of the tiny target, which knows some tokens of the vocabulary (None: all)."""
+    torch.manual_seed(seed)
+    known = draft_vocab_size or vocab_size
+    draft = Eagle3Draft(
+        Eagle3Config(
+            hidden_size=H,
+            target_hidden_size=H,
+            intermediate_size=48,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            rms_norm_eps=1e-5,
+            max_position_embeddings=256,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+            vocab_size=vocab_size,
+            draft_vocab_size=known,
+            aux_layer_ids=AUX,
+        )
+    )
+    chosen = torch.randperm(vocab_size)[:known].sort().values
+    draft.d2t.copy_(chosen - torch.arange(known))
+    draft.t2d[chosen] = True
+    return draft.eval().requires_grad_(False)
+
+
+def make_session(target: CachedTarget, seed: int = 1, draft_vocab_size: int | None = None) -> Eagle3Session:
+    table = target.model.get_input_embeddings().weight
+    return Eagle3Session(make_draft(seed, len(table), draft_vocab_size), table, target.max_length)
+
+
+class Scratch:
+    """Logits of a draft after any path of drafted tokens, computed from scratch each time: the slow reference."""
+
+    def __init__(self, draft: Eagle3Draft, table: Tensor, history: list[int], aux: Tensor) -> None:
+        """`aux` are the rows of all positions before the last token of `history`."""
+        self.draft, self.table, self.history, self.aux = draft, table, history, aux
+
+    def logits(self, path: Sequence[int]) -> Tensor:
+        """[D] after the drafted tokens `path`, one row at a time: row t reads aux_t and the token at t + 1."""
+        cache = DraftCache(self.draft.config, 200, torch.float32)
+        hidden = self.draft.decode(self.table[torch.tensor(self.history[1:])], self.draft.project(self.aux), cache)[-1:]
+        for token in path:
+            hidden = self.draft.decode(self.table[torch.tensor([token])], hidden, cache)
+        return self.draft.logits(hidden)[0]
+
+    def token(self, draft_id: int) -> int:
+        return draft_id + int(self.draft.d2t[draft_id])
+
+    def chain(self, num_tokens: int) -> list[int]:
+        tokens: list[int] = []
+        for _ in range(num_tokens):
+            tokens.append(self.token(int(self.logits(tokens).argmax())))
+        return tokens
+
+
+class KnownTree:
+    """Drafts the known continuation along one path of a tree, right down to depth `num_right` (None: as far as the path
+    goes); all other nodes are wrong. Tree and path are random at each step, unless parents and path are given.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        answer: list[int],
+        num_right: int | None,
+        num_nodes: int = 12,
+        shape: tuple[list[int], list[int]] | None = None,
+    ) -> None:
+        self.start_at, self.answer, self.num_right, self.shape = len(prompt), answer, num_right, shape
+        self.num_nodes = num_nodes if shape is None else len(shape[0])
+        self.generator = torch.Generator().manual_seed(0)
+        self.expected: list[list[int]] = []  # the path that has to be accepted, step by step
+
+    def start(self, history: Sequence[int], aux: Tensor | None) -> None:
+        assert aux is None or len(aux) == len(history) - 1
+
+    def max_nodes(self, num_tokens: int) -> int:
+        return self.num_nodes
+
+    def propose(
+        self,
+        history: Sequence[int],
+        aux: Tensor | None,
+        num_tokens: int,
+        sampling: Sampling,
+        generator: torch.Generator | None,
+    ) -> Proposal:
+        def number(below: int) -> int:
+            return int(torch.randint(below, (), generator=self.generator))
+
+        at = len(history) - self.start_at
+        right = (self.answer + [0] * (self.num_nodes + 1))[at:]
+        if self.shape is None:
+            parents = [number(node + 1) - 1 for node in range(self.num_nodes)]
+            path = [number(self.num_nodes)]
+            while parents[path[0]] >= 0:
+                path.insert(0, parents[path[0]])
+        else:
+            parents, path = self.shape
+        depths: list[int] = []
+        for parent in parents:
+            depths.append(0 if parent < 0 else depths[parent] + 1)
+        num_right = len(path) if self.num_right is None else min(self.num_right, len(path))
+        self.expected.append(path[:num_right])
+        tokens = [
+            right[depths[node]] if node in path[:num_right] else (right[depths[node]] + 1 + number(V - 2)) % V
+            for node in range(self.num_nodes)
+        ]
+        return Proposal(tokens, parents)
+
+
+def fits(observed: np.ndarray, chances: np.ndarray) -> float:
+    """p-value of counts under probabilities; rare outcomes are counted together."""
+    expected = chances.ravel() * observed.sum() / chances.sum()
+    rare = expected < 5
+    cells = [(*map(np.sum, (observed.ravel()[rare], expected[rare])),)] if expected[rare].sum() > 0 else []
+    cells += list(itertools.compress(zip(observed.ravel(), expected, strict=True), ~rare))
+    got, wanted = np.array(cells).T
+    return float(chisquare(got, wanted * got.sum() / wanted.sum()).pvalue)
