@@ -50,7 +50,7 @@ from specflow.decoding.eagle3 import Eagle3Session
 from specflow.decoding.generate import Drafter, generate
 from specflow.decoding.independent import IndependentDrafter, load_assistant
 from specflow.decoding.lookup import LookupDrafter
-from specflow.drafters.inference import fastest_dtype, prepare
+from specflow.drafters.inference import decoding_dtype, prepare
 from specflow.errors import UserError
 from specflow.export.eagle3 import load_export
 from specflow.files import write_json
@@ -67,8 +67,8 @@ Steps = list[tuple[int, int]]
 """(drafted, accepted) of each verification step."""
 Decode = Callable[[list[int], int], tuple[list[int], Steps]]
 """Prompt and number of new tokens -> generated ids and the steps that they took (none where it is not told)."""
-PAUSE_S = 0.3
-"""Between requests of this process and of a server: threads of the one that spin for work have then gone to sleep."""
+PAUSE_S = 1.5
+"""Between requests of this process and of a server: vLLM's worker spins on a core for a second after each answer."""
 
 
 @dataclass
@@ -229,7 +229,8 @@ def in_process(
     length = max(map(len, prompts)) + arguments.max_new_tokens + k + 1
     model = optimise_for_inference(load_model(facts, cache))
     target = CachedTarget(model, num_rows=1, max_length=length, aux_layer_ids=draft.config.aux_layer_ids)
-    session = Eagle3Session(prepare(draft, fastest_dtype()), model.get_input_embeddings().weight, length)
+    prepared = prepare(draft, decoding_dtype("auto", model.dtype, model.device))
+    session = Eagle3Session(prepared, model.get_input_embeddings().weight, length)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = truncated(facts, cache, arguments.layers, Path(folder) / "assistant")
         small = load_assistant(checkpoint, load_tokenizer(facts, cache), facts.vocab_size, dtype=model.dtype)
@@ -303,7 +304,8 @@ PAIRS = (
 """What, ours, theirs, and the ratio of tokens per second that is asked for."""
 
 
-def ratios(sides: Sequence[Side]) -> list[dict[str, Any]]:
+def ratios(sides: Sequence[Side], aligned: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each pair's ratio of tokens per second, and both acceptance lengths: from the same token on, where known."""
     by_name = {side.name: side for side in sides}
     rows = []
     for what, own, other, asked in PAIRS:
@@ -311,7 +313,8 @@ def ratios(sides: Sequence[Side]) -> list[dict[str, Any]]:
             continue
         one, two = by_name[own], by_name[other]
         by_round = [a / b for a, b in zip(one.row()["tok_s_by_round"], two.row()["tok_s_by_round"], strict=True)]
-        lengths = one.acceptance_length, two.acceptance_length
+        known = aligned.get(own.partition(", ")[2])
+        lengths = known["acceptance_lengths"] if known else [one.acceptance_length, two.acceptance_length]
         rows.append(
             {
                 "what": what,
@@ -343,9 +346,8 @@ def show(result: dict[str, Any]) -> None:
             one, two = row["acceptance_lengths"]
             print(f"    acceptance length {one:.3f} and {two:.3f} ({one / two - 1:+.2%})")
     for kind, found in result["from_the_same_token"].items():
-        one, two = found["acceptance_lengths"]
         same = f"{found['same_in_every_step']} of {found['num_requests']}"
-        print(f"{kind}, from the same token on: {one:.3f} and {two:.3f}, the same in every step of {same} requests")
+        print(f"{kind}, from the same token on: what transformers accepts, step by step, in {same} requests")
     machine = result["machine"]
     where = f"{machine['cpu']}, {machine['threads']} threads, load {machine['load_average']:.1f} at the start"
     print(f"\n{where}; commit {result['commit']}")
@@ -405,7 +407,7 @@ def main() -> None:
             sides += through_vllm(params, paths, facts, prompts, expected, mine, arguments)
         except UserError as error:
             print(f"without vLLM: {error}")
-    result |= {"sides": [side.row() for side in sides], "ratios": ratios(sides)}
+    result |= {"sides": [side.row() for side in sides], "ratios": ratios(sides, result["from_the_same_token"])}
     show(result)
     if out:
         write_json(out, result)

@@ -36,7 +36,7 @@ from specflow.decoding.independent import IndependentDrafter, check_assistant, l
 from specflow.decoding.known import KnownAnswerDrafter
 from specflow.decoding.lookup import LookupDrafter
 from specflow.decoding.tree import TreeDrafter
-from specflow.drafters.inference import fastest_dtype, prepare
+from specflow.drafters.inference import decoding_dtype, prepare
 from specflow.errors import UserError
 from specflow.export.eagle3 import check_export, load_export
 from specflow.export.imports import read_draft
@@ -242,11 +242,16 @@ class Work:
         ids = self.inputs.draft.config.aux_layer_ids if self.inputs.draft is not None else ()
         return CachedTarget(self._model, num_rows=1, max_length=self.inputs.max_length, aux_layer_ids=ids)
 
+    @property
+    def _draft_dtype(self) -> torch.dtype:
+        return decoding_dtype(self.job.bench.draft_dtype, getattr(torch, self.job.target.dtype), self.device)
+
     @cached_property
     def _session(self) -> Eagle3Session:
         assert self.inputs.draft is not None
-        dtype = self._model.dtype if self.device.type == "cuda" else torch.float32
-        draft = prepare(self.inputs.draft.to(self.device, dtype), fastest_dtype())
+        dtype = self._draft_dtype
+        on_device = self.inputs.draft.to(self.device, dtype if self.device.type == "cuda" else torch.float32)
+        draft = prepare(on_device, dtype)
         return Eagle3Session(draft, self._model.get_input_embeddings().weight, self.inputs.max_length)
 
     def release(self) -> None:
@@ -318,7 +323,7 @@ class Work:
         summary = {
             "family": self.job.name,
             "settings": self.inputs.settings,
-            "identity": self.about,
+            "identity": self.about | ({"draft_dtype": str(self._draft_dtype)[6:]} if self.inputs.draft else {}),
             **summary_of(
                 records,
                 num_speculative_tokens=self.num_speculative_tokens,

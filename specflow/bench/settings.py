@@ -143,6 +143,11 @@ class Bench(Section):
     """Answers to each question, each with a seed and a history of its own."""
     repeats: Annotated[int, Field(ge=3)] = 3
     """Passes over every prompt; the order of the engines alternates."""
+    draft_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype in which the draft's products run. `auto`: on a GPU the target's; on a CPU bfloat16 where the processor
+    multiplies it natively. It decides what is accepted, never what comes out; to compare step by step with a server,
+    take the server's.
+    """
     prompt_lookup: bool = True
     """Also run n-gram drafting through the same verifier, as a reference row."""
     bounds: bool = True

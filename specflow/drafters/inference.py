@@ -24,8 +24,14 @@ def prepare(draft: Eagle3Draft, dtype: torch.dtype | None = None) -> Eagle3Draft
     return PreparedDraft(draft, dtype or draft.lm_head.weight.dtype)
 
 
-def fastest_dtype() -> torch.dtype:
-    """What a draft decodes fastest in on this CPU: half the bytes of float32 where the processor multiplies them."""
+def decoding_dtype(setting: str, target: torch.dtype, device: torch.device) -> torch.dtype:
+    """Dtype of the draft's products by `bench.draft_dtype`. `auto`: the target's on a GPU; on a CPU what decodes
+    fastest, half the bytes of float32 where the processor multiplies them.
+    """
+    if setting != "auto":
+        return torch.float32 if setting == "float32" else torch.bfloat16
+    if device.type == "cuda":
+        return target
     return torch.bfloat16 if fast_bf16() else torch.float32
 
 

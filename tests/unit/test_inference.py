@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from specflow.drafters.eagle3 import DraftCache, Eagle3Draft, RaggedDraftCache
-from specflow.drafters.inference import PreparedDraft, fastest_dtype, prepare
-from specflow.kernels import PrepackedLinear
+from specflow.drafters.inference import PreparedDraft, decoding_dtype, prepare
+from specflow.kernels import PrepackedLinear, fast_bf16
 from tests.decoders import make_draft
 
 V = 40
@@ -84,4 +84,11 @@ def test_a_product_in_another_dtype_keeps_the_dtype_around_it() -> None:
         got = PrepackedLinear(weight, bias, dtype)(x)
         assert got.dtype == torch.float32
         assert float((got - expected).norm() / expected.norm()) < tolerance
-    assert fastest_dtype() in (torch.float32, torch.bfloat16)
+
+
+def test_the_dtype_is_the_one_asked_for() -> None:
+    cpu, gpu, half = torch.device("cpu"), torch.device("cuda"), torch.float16
+    assert decoding_dtype("float32", half, cpu) == decoding_dtype("float32", half, gpu) == torch.float32
+    assert decoding_dtype("bfloat16", half, cpu) == torch.bfloat16
+    assert decoding_dtype("auto", half, gpu) == half
+    assert decoding_dtype("auto", half, cpu) == (torch.bfloat16 if fast_bf16() else torch.float32)

@@ -20,6 +20,7 @@ BENCH = {
     "max_new_tokens": MAX_NEW_TOKENS,
     "stock_generate": False,
     "prompt_lookup": False,
+    "draft_dtype": "float32",  # the server's
     "serve": {"engine": "vllm", "concurrency": [1, 2], "repeats": 2},
 }
 
