@@ -35,7 +35,7 @@ from specflow.decoding.generate import Drafter
 from specflow.decoding.independent import IndependentDrafter, check_assistant, load_assistant
 from specflow.decoding.known import KnownAnswerDrafter
 from specflow.decoding.lookup import LookupDrafter
-from specflow.decoding.tree import TreeDrafter
+from specflow.decoding.tree import TreeDrafter, check_width
 from specflow.drafters.inference import decoding_dtype, prepare
 from specflow.errors import UserError
 from specflow.export.eagle3 import check_export, load_export
@@ -76,6 +76,8 @@ class Inputs:
         check_scorable(sets, bench.accuracy, execute_code=bench.execute_code)
         max_length = cache_length(tokenizer, {**sets, "sweep": tuning}, bench, job.target.max_position_embeddings)
         draft, notes = _load_draft(job)
+        if draft is not None and bench.tree is not None:
+            check_width(bench.tree, draft.config.draft_vocab_size)
         if job.assistant is not None:
             check_assistant(job.assistant, tokenizer, job.target.vocab_size)
         return cls(job, tokenizer, draft, notes, sets, tuning, max_length)

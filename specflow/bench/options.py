@@ -14,7 +14,6 @@ from specflow.bench.job import Job, assistant_folder, with_digests
 from specflow.bench.settings import HELDOUT, Bench, DynamicTree
 from specflow.config import Family, Params, Target, load_params
 from specflow.errors import UserError
-from specflow.files import read_json
 from specflow.paths import Paths
 from specflow.sharding import has_gpus
 from specflow.sources import resolve
@@ -172,8 +171,8 @@ def _check_draft(draft: Path | None, assistant: Path | None, bench: Bench, *, fo
         raise UserError("an independent model drafts a chain: give -k, or --draft an EAGLE-3 draft for a tree")
     if draft is None and bench.batch_sizes:
         raise UserError("batches are drafted by an EAGLE-3 draft: give --draft, or leave --batch-size out")
-    if foreign and draft is not None:
-        read_json(draft / "config.json", what="draft config", made_by="its trainer; name the draft's folder")
+    if foreign and draft is not None and not (draft / "config.json").is_file():
+        raise UserError(f"--draft {draft} holds no config.json: name the folder of an EAGLE-3 draft")
 
 
 def _question_range(options: Mapping[str, Any]) -> tuple[int, int | None] | None:

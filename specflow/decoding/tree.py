@@ -37,10 +37,7 @@ class TreeDrafter:
 
     def __init__(self, session: Eagle3Session, tree: DynamicTree | StaticTree) -> None:
         self.session, self.tree = session, tree
-        width = tree.top_k if isinstance(tree, DynamicTree) else 1 + max(max(path) for path in tree.branches)
-        known = session.draft.config.draft_vocab_size
-        if width > known:
-            raise UserError(f"tree takes the {width} likeliest tokens of a draft that knows {known}: make it narrower")
+        check_width(tree, session.draft.config.draft_vocab_size)
         self._growing: _Growing = _Dynamic(tree, session) if isinstance(tree, DynamicTree) else _Static(tree, session)
         session.reserve(self._growing.num_rows)
 
@@ -79,6 +76,15 @@ class TreeDrafter:
         found = self._growing.expand(self.session, hidden, 1.0 if sampling.greedy else sampling.temperature)
         tokens, parents, scores = (part.tolist() for part in found)
         return tokens, parents, scores
+
+
+def check_width(tree: DynamicTree | StaticTree, draft_vocab_size: int) -> None:
+    """Raise UserError for a tree that is wider than the draft's vocabulary."""
+    width = tree.top_k if isinstance(tree, DynamicTree) else 1 + max(max(path) for path in tree.branches)
+    if width > draft_vocab_size:
+        raise UserError(
+            f"tree takes the {width} likeliest tokens of a draft that knows {draft_vocab_size}: make it narrower"
+        )
 
 
 class _Dynamic:

@@ -220,6 +220,7 @@ def test_bad_input_is_one_line(project: Path, tmp_path: Path) -> None:
     small = make_tiny_target(tmp_path / "small", vocab_size=290)
     tree = {"total_token": 600, "depth": 3, "tree_top_k": 3}
     cases: dict[str, dict[str, Any]] = {
+        r"tree takes the 400 likeliest tokens of a draft that knows \d+": {**tree, "total_token": 8, "tree_top_k": 400},
         r"layout.jsonl line 2 lacks 'turns'": {"prompts": (files["layout"],)},
         r"twice.jsonl line 2 has the id '1' of line 1": {"prompts": (files["twice"],)},
         r"empty.jsonl line 1: 'turns' is empty": {"prompts": (files["empty"],)},
@@ -233,7 +234,7 @@ def test_bad_input_is_one_line(project: Path, tmp_path: Path) -> None:
         r"a tree needs .*: add --depth and --tree-top-k": {"total_token": 8},
         r"-k asks for a chain and --total-token": {"num_speculative_tokens": 2, "total_token": 8},
         r"drafts for a vocabulary of 32000, the target has 300": {"draft": other},
-        r"draft config .*nowhere/config.json is missing": {"draft": tmp_path / "nowhere"},
+        r"nowhere holds no config.json: name the folder of an EAGLE-3 draft": {"draft": tmp_path / "nowhere"},
         r"has another vocabulary": {"assistant": str(small)},
         r"questions from 3 up to 3 are none": {"question_begin": 3, "question_end": 3, "num_prompts": None},
         r"num_samples 2 at temperature 0 would repeat one answer": {"num_samples": 2},
