@@ -12,8 +12,8 @@ from typing import Literal
 
 from specflow.config import load_params
 from specflow.errors import UserError
+from specflow.gpus.resources import stage_resources
 from specflow.graph import StageNode
-from specflow.resources import stage_resources
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def make_jobs(
 
 def num_devices() -> int:
     """Devices that the limit `gpu` counts: GPUs, or 1 for the CPU of a machine without one."""
-    from specflow.gpus import NoGpus, inventory
+    from specflow.gpus.nvml import NoGpus, inventory
 
     try:
         return max(1, len(inventory()))
@@ -136,7 +136,7 @@ def num_devices() -> int:
 
 
 def _has_gpus() -> bool:
-    from specflow.gpus import NoGpus, inventory
+    from specflow.gpus.nvml import NoGpus, inventory
 
     try:
         return bool(inventory())

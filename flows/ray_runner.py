@@ -23,7 +23,7 @@ from flows.pipeline import pipeline
 from flows.plan import Job, Outcome
 from specflow import sharding
 from specflow.config import load_params
-from specflow.resources import stage_resources
+from specflow.gpus.resources import stage_resources
 
 
 class StageTaskRunner(RayTaskRunner):

@@ -1,6 +1,6 @@
 """Admission: a stage that needs GPUs first takes that many slots of the server's global concurrency limit `gpu`.
 
-Slots count, they do not pick a device; the stage's own process leases devices (specflow/gpus.py) and is what makes
+Slots count, they do not pick a device; the stage's own process leases devices (specflow/gpus/nvml.py) and is what makes
 sharing one impossible. So a lease that cannot be renewed costs a warning here, never a running stage.
 
 prefect.concurrency.sync.concurrency would do, but for three things: it waits as long as the server says (up to 39 s

@@ -294,7 +294,7 @@ def doctor(params_path: Path) -> None:
 @click.option("--json", "as_json", is_flag=True, help="For programs: gpus, requests, reason.")
 def gpus(as_json: bool) -> None:
     """Print the GPUs of this machine, who holds them, and who waits."""
-    from specflow.gpu_status import status, status_text
+    from specflow.gpus.status import status, status_text
 
     if as_json:
         click.echo(json.dumps(status(), indent=2))

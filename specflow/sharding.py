@@ -24,7 +24,7 @@ from specflow.errors import RetryableError, UserError
 from specflow.shares import MERGE, Share
 
 if TYPE_CHECKING:
-    from specflow.resources import Resources
+    from specflow.gpus.resources import Resources
 
 SHARDED = {"sample": False, "extract": False, "bench": True}
 """Stages that can be split by row, and whether something is measured once before the shares."""
@@ -58,7 +58,7 @@ def split(stage: str, name: str, resources: Resources) -> Resources:
 
 def own_devices(resources: Resources) -> Resources:
     """What the coordinating process itself leases: nothing where shares do the work. Nothing is hidden from them."""
-    from specflow.resources import Resources
+    from specflow.gpus.resources import Resources
 
     return resources if resources.shards == 1 else Resources(shards=resources.shards)
 
@@ -98,11 +98,11 @@ def ray_address() -> str | None:
 
 
 def has_gpus() -> bool:
-    from specflow import gpus
+    from specflow.gpus import nvml
 
     try:
-        return bool(gpus.visible_devices(gpus.inventory(), os.environ.get("CUDA_VISIBLE_DEVICES")))
-    except gpus.NoGpus:
+        return bool(nvml.visible_devices(nvml.inventory(), os.environ.get("CUDA_VISIBLE_DEVICES")))
+    except nvml.NoGpus:
         return False
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from specflow import files, leases, sharding
+from specflow import files, sharding
 from specflow.config import Family, Params, load_params
 from specflow.errors import RetryableError, UserError
+from specflow.gpus import leases
+from specflow.gpus.resources import stage_resources
 from specflow.paths import Paths
-from specflow.resources import stage_resources
 from specflow.shares import Share
 
 STAGES = {

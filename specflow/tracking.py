@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from specflow import __version__, gpus, results
+from specflow import __version__, results
 from specflow.config import Params
 from specflow.errors import UserError
+from specflow.gpus import nvml
 from specflow.paths import Paths, project_home
 from specflow.tracking_registry import find_version, register_draft
 from specflow.tracking_store import (
@@ -132,7 +133,7 @@ class _Record:
         self._points: list[Metric] = []
         self._flushed = time.monotonic()
         self._monitor = SystemMetricsMonitor(self.run_id, tracking_uri=tracking_uri(home))
-        gpus.watch_only_mine(self._monitor)
+        nvml.watch_only_mine(self._monitor)
         self._monitor.start()
 
     def log(self, metrics: dict[str, float], step: int) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from specflow import gpus, tracking_store
+from specflow import tracking_store
 from specflow.config import Params, parse_params
+from specflow.gpus import nvml
 from specflow.paths import Paths
 from tests import fake_nvml
 from tests.toys import tiny_params
@@ -46,9 +47,9 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fake_nv
         monkeypatch.setenv(key, value)
     real = sys.modules.pop("pynvml", None)
     monkeypatch.syspath_prepend(str(fake_nvml.FOLDER))
-    gpus.nvml.cache_clear()
+    nvml.driver.cache_clear()
     yield made
-    gpus.nvml.cache_clear()
+    nvml.driver.cache_clear()
     sys.modules.pop("pynvml", None)
     if real is not None:
         sys.modules["pynvml"] = real

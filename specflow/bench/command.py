@@ -12,14 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from specflow import files, leases, sharding
+from specflow import files, sharding
 from specflow.bench import measuring
 from specflow.bench.job import Job, check_same, read_job
 from specflow.bench.options import make_job, num_workers
 from specflow.bench.stage import write_results
 from specflow.bench.table import table
 from specflow.errors import UserError
-from specflow.resources import Resources
+from specflow.gpus import leases
+from specflow.gpus.resources import Resources
 from specflow.shares import MERGE, WHOLE, Share, delete_logs
 from specflow.stage import configure_logging, quieten_transformers
 

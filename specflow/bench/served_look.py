@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from specflow import files, leases
+from specflow import files
 from specflow.bench import served_stage
 from specflow.bench.job import family_job
 from specflow.bench.questions import load_questions, prompt_tokens, spread
@@ -18,8 +18,9 @@ from specflow.bench.served_client import Request
 from specflow.bench.settings import BenchServe
 from specflow.config import Family, Params
 from specflow.errors import UserError
+from specflow.gpus import leases
+from specflow.gpus.resources import stage_resources
 from specflow.paths import Paths
-from specflow.resources import stage_resources
 from specflow.stage import configure_logging, quieten_transformers
 from specflow.targets.model import TargetFacts, load_tokenizer, read_facts
 

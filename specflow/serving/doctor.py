@@ -9,7 +9,7 @@ from pathlib import Path
 
 from specflow.config import Serve
 from specflow.errors import UserError
-from specflow.gpus import Device, NoGpus, inventory
+from specflow.gpus.nvml import Device, NoGpus, inventory
 from specflow.serving.engines import EngineName, find_install
 
 PACKAGES = ("torch", "transformers", "dvc", "prefect", "mlflow", "ray")

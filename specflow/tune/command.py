@@ -10,12 +10,13 @@ from typing import Any
 
 import yaml
 
-from specflow import files, leases
+from specflow import files
 from specflow.bench.identity import identity
 from specflow.config import Family, Params
+from specflow.gpus import leases
+from specflow.gpus.resources import stage_resources
 from specflow.params_file import set_params
 from specflow.paths import Paths
-from specflow.resources import stage_resources
 from specflow.targets.model import read_facts
 from specflow.tune import page
 from specflow.tune.findings import Found, Measured, recommend

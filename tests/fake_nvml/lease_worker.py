@@ -12,9 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-from specflow import lease_queue, leases
 from specflow.errors import UserError
-from specflow.resources import Resources
+from specflow.gpus import leases, queue
+from specflow.gpus.resources import Resources
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     holder, count, seconds, log = sys.argv[1:5]
     memory = float(sys.argv[5]) if len(sys.argv) > 5 else None
     with leases.lease(Resources(int(count), memory, declared=True), holder) as lease:
-        request = next(found for found in lease_queue.requests_now() if found.pid == os.getpid())
+        request = next(found for found in queue.requests_now() if found.pid == os.getpid())
         line = {
             "holder": holder,
             "pid": os.getpid(),

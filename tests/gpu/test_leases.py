@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from specflow import gpus
-from specflow.gpus import GB
+from specflow.gpus import nvml
+from specflow.gpus.nvml import GB
 
 
 def has_gpu() -> bool:
     try:
-        return bool(gpus.my_devices())
-    except gpus.NoGpus:
+        return bool(nvml.my_devices())
+    except nvml.NoGpus:
         return False
 
 
@@ -56,7 +56,7 @@ def test_inventory_is_that_of_nvidia_smi() -> None:
     query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
     lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
     rows = [[word.strip() for word in line.split(",")] for line in lines]
-    devices = gpus.inventory()
+    devices = nvml.inventory()
     assert {device.gpu_uuid for device in devices} == {row[1] for row in rows}
     for device in devices:
         if device.mig is None:
@@ -77,27 +77,27 @@ def test_torch_sees_the_leased_device_and_the_meters_run(tmp_path: Path) -> None
 
 
 def test_the_last_device_by_index_is_the_one_that_nvidia_smi_means(tmp_path: Path) -> None:
-    last = gpus.inventory()[-1]
+    last = nvml.inventory()[-1]
     found = run(LEASED, tmp_path, CUDA_VISIBLE_DEVICES=str(last.index), CUDA_DEVICE_ORDER="FASTEST_FIRST")
     assert isinstance(found["leased"], list) and found["leased"][0].endswith(str(found["uuid"]))
 
 
 def test_a_process_without_a_lease_keeps_its_device(tmp_path: Path) -> None:
-    device = gpus.my_devices()[0]
+    device = nvml.my_devices()[0]
     assert device.memory_bytes is not None
     program = (
         f"import torch; x = torch.empty({int(0.4 * device.memory_bytes)}, dtype=torch.uint8, device='cuda')\n"
         "print('ready', flush=True); input()"
     )
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus.visible_setting([device], gpus.inventory())}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": nvml.visible_setting([device], nvml.inventory())}
     other = subprocess.Popen(
         [sys.executable, "-c", program], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     try:
         assert other.stdout is not None and other.stdout.readline() == "ready\n"
-        assert gpus.busy_reason(device, None) is not None
-        assert gpus.busy_reason(device, 0.3 * device.memory_bytes / GB) is None
-        assert gpus.busy_reason(device, 0.7 * device.memory_bytes / GB) is not None
+        assert nvml.busy_reason(device, None) is not None
+        assert nvml.busy_reason(device, 0.3 * device.memory_bytes / GB) is None
+        assert nvml.busy_reason(device, 0.7 * device.memory_bytes / GB) is not None
     finally:
         other.communicate("\n", timeout=60)
 

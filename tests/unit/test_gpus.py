@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from specflow import gpus, leases
-from specflow.gpu_cost import Meter
-from specflow.gpus import GB
-from specflow.resources import Resources
+from specflow.gpus import leases, nvml
+from specflow.gpus.cost import Meter
+from specflow.gpus.nvml import GB
+from specflow.gpus.resources import Resources
 from tests.fake_nvml import FOLDER, Machine, gpu, mig, wait_for
 
 
 def seen(setting: str | None) -> str:
-    return " ".join(device.label for device in gpus.visible_devices(gpus.inventory(), setting))
+    return " ".join(device.label for device in nvml.visible_devices(nvml.inventory(), setting))
 
 
 def test_the_real_module_has_every_name_of_the_fake_one() -> None:
@@ -98,23 +98,23 @@ def test_busy(machine: Machine) -> None:
                 gpu(3, used=30 * GB, processes=[[os.getpid(), 29 * GB]]),
             ]
         )
-        devices = gpus.inventory()
+        devices = nvml.inventory()
         ours = frozenset({os.getpid()})
         stranger = f"pid {other.pid} (sleep, "
-        first = gpus.busy_reason(devices[0], None, ours)
+        first = nvml.busy_reason(devices[0], None, ours)
         assert first is not None and stranger in first and "29.0 GB" in first
-        assert gpus.busy_reason(devices[1], None, ours) is None
-        assert "50.0 of 80.0 GB free" in str(gpus.busy_reason(devices[2], None, ours))
-        assert "50.0 of 80.0 GB free" in str(gpus.busy_reason(devices[3], None, ours))
+        assert nvml.busy_reason(devices[1], None, ours) is None
+        assert "50.0 of 80.0 GB free" in str(nvml.busy_reason(devices[2], None, ours))
+        assert "50.0 of 80.0 GB free" in str(nvml.busy_reason(devices[3], None, ours))
         # With memory asked for, it alone decides.
-        assert [gpus.busy_reason(device, 50, ours) for device in devices] == [None] * 4
-        short = gpus.busy_reason(devices[0], 50.1, ours)
+        assert [nvml.busy_reason(device, 50, ours) for device in devices] == [None] * 4
+        short = nvml.busy_reason(devices[0], 50.1, ours)
         assert short is not None and "50.0 GB free of the 50.1 GB" in short and stranger in short
-        assert gpus.strangers(devices[0], ours) == [(other.pid, 29 * GB)] and gpus.strangers(devices[3], ours) == []
+        assert nvml.strangers(devices[0], ours) == [(other.pid, 29 * GB)] and nvml.strangers(devices[3], ours) == []
         machine.set([gpu(0), gpu(1), gpu(2, lost=True), gpu(3, processes=[[2**22 + 1, GB]])])
-        assert "GPU is lost" in str(gpus.busy_reason(devices[2], None, ours))
-        assert gpus.strangers(devices[3], ours) == []  # an id of another namespace names nobody
-        assert [device.index for device in gpus.inventory()] == [0, 1, 3]
+        assert "GPU is lost" in str(nvml.busy_reason(devices[2], None, ours))
+        assert nvml.strangers(devices[3], ours) == []  # an id of another namespace names nobody
+        assert [device.index for device in nvml.inventory()] == [0, 1, 3]
     finally:
         other.kill()
         other.wait()
@@ -123,7 +123,7 @@ def test_busy(machine: Machine) -> None:
 def test_cost_is_the_difference_of_the_energy_counters(machine: Machine) -> None:
     before = [gpu(n, energy_mj=1_000_000 * n, power_mw=300_000, utilisation=90, used=10 * GB) for n in range(2)]
     machine.set(before)
-    meter = Meter(gpus.inventory())
+    meter = Meter(nvml.inventory())
     started = time.monotonic()
     machine.set([gpu(n, energy_mj=1_000_000 * n + 2_500_000, utilisation=40, used=70 * GB) for n in range(2)])
     peak = meter.cost()
@@ -138,7 +138,7 @@ def test_cost_is_the_difference_of_the_energy_counters(machine: Machine) -> None
 def test_cost_without_energy_counters(machine: Machine) -> None:
     def run(first: list[dict[str, object]], then: list[dict[str, object]]) -> dict[str, float]:
         machine.set(first)
-        meter = Meter(gpus.inventory())
+        meter = Meter(nvml.inventory())
         machine.set(then)
         meter.stop()
         return meter.cost()
@@ -159,11 +159,11 @@ def test_mlflow_watches_the_devices_of_this_process_only(machine: Machine, monke
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     machine.set([gpu(n, used=(10 + n) * 10**6, utilisation=n) for n in range(4)])
-    monkeypatch.setattr(gpu_monitor, "pynvml", gpus.nvml(), raising=False)
+    monkeypatch.setattr(gpu_monitor, "pynvml", nvml.driver(), raising=False)
 
     def watched() -> dict[str, float]:
         monitor = SystemMetricsMonitor("0" * 32, tracking_uri="http://127.0.0.1:9")
-        gpus.watch_only_mine(monitor)
+        nvml.watch_only_mine(monitor)
         monitor.collect_metrics()
         return {key: value for key, value in monitor.aggregate_metrics().items() if "gpu" in key and "mega" in key}
 

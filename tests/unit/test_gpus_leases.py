@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from specflow import gpus, lease_queue, leases
 from specflow.errors import UserError
-from specflow.resources import Resources
+from specflow.gpus import leases, nvml, queue
+from specflow.gpus.resources import Resources
 from tests.fake_nvml import GB, Machine, gpu, wait_for
 
 
@@ -49,7 +49,7 @@ def holders(log: Path) -> list[str]:
 
 
 def waiting() -> list[str]:
-    return [request.holder for request in lease_queue.requests_now() if request.granted_s is None]
+    return [request.holder for request in queue.requests_now() if request.granted_s is None]
 
 
 def needs(gpus: int, memory_gb: float | None = None) -> Resources:
@@ -98,7 +98,7 @@ def test_contending_processes(machine: Machine, log: Path, started: list[subproc
     by_number = sorted(grants, key=lambda event: event["number"])
     assert [event["granted_s"] for event in by_number] == sorted(event["granted_s"] for event in grants)
     assert {process.pid for process in started} - killed <= {event["pid"] for event in grants}
-    assert lease_queue.requests_now() == [] and not list(machine.leases.glob("ticket-*"))
+    assert queue.requests_now() == [] and not list(machine.leases.glob("ticket-*"))
     with leases.lease(needs(4), "bench@last") as lease:
         assert len(lease.devices) == 4
 
@@ -168,17 +168,17 @@ def test_a_stopped_waiter_leaves_the_queue(
 
 def test_a_forked_child_holds_nothing(machine: Machine) -> None:
     with leases.lease(needs(1), "sample@a"):
-        before = lease_queue.requests_now()
+        before = queue.requests_now()
         child = os.fork()
         if child == 0:
             try:
-                for lock in list(lease_queue.Lock._open):
+                for lock in list(queue.Lock._open):
                     lock.close()
-                os._exit(len(lease_queue.Lock._open))
+                os._exit(len(queue.Lock._open))
             finally:
                 os._exit(99)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert lease_queue.requests_now() == before != []
+        assert queue.requests_now() == before != []
 
 
 def test_foreign_processes(machine: Machine, log: Path, started: list[subprocess.Popen[str]]) -> None:
@@ -208,8 +208,8 @@ def test_a_request_that_foreign_processes_block_lets_others_pass(
     started.append(big)
     wait_for(lambda: waiting() == ["two@a"])
     started.append(machine.start("one@b", 1, 0, log))
-    assert started[-1].wait(lease_queue.ASIDE_SECONDS + 20) == 0
-    assert holders(log) == ["one@b"] and lease_queue.requests_now()[0].aside
+    assert started[-1].wait(queue.ASIDE_SECONDS + 20) == 0
+    assert holders(log) == ["one@b"] and queue.requests_now()[0].aside
     machine.set([gpu(0), gpu(1)])
     assert big.wait(20) == 0
 
@@ -233,7 +233,7 @@ def test_requests_that_can_never_be_served(machine: Machine, monkeypatch: pytest
     none = refused(needs(1))
     assert "sample@tiny needs 1 GPU and there is none (CUDA_VISIBLE_DEVICES='' hides all 3)" in none
     assert "families.tiny.allow_cpu: true" in none
-    assert lease_queue.requests_now() == []
+    assert queue.requests_now() == []
 
 
 def test_what_the_block_sees(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,14 +250,14 @@ def test_what_the_block_sees(machine: Machine, monkeypatch: pytest.MonkeyPatch) 
         assert dict(os.environ) == before and lease.devices == ()
     with pytest.raises(ZeroDivisionError), leases.lease(needs(2), "sample@a"):
         raise ZeroDivisionError
-    assert dict(os.environ) == before and lease_queue.requests_now() == []
+    assert dict(os.environ) == before and queue.requests_now() == []
 
 
 def test_a_child_uses_its_parents_lease(machine: Machine, log: Path, started: list[subprocess.Popen[str]]) -> None:
     def child(count: int) -> subprocess.Popen[str]:
         inherited = {key: os.environ[key] for key in ("CUDA_VISIBLE_DEVICES", "SPECFLOW_LEASE")}
         code = (
-            "import os; from specflow import leases; from specflow.resources import Resources\n"
+            "import os; from specflow.gpus import leases; from specflow.gpus.resources import Resources\n"
             f"with leases.lease(Resources({count}, declared=True), 'sample@child') as lease:\n"
             "    print(lease.root_pid, os.environ['CUDA_VISIBLE_DEVICES'])\n"
         )
@@ -274,7 +274,7 @@ def test_a_child_uses_its_parents_lease(machine: Machine, log: Path, started: li
         assert "needs 2 GPUs" in refused
         os.environ["CUDA_VISIBLE_DEVICES"] = "2,3"
         assert f"the lease of sample@parent (pid {os.getpid()}), which has 1 for it" in child(2).stderr
-        assert len(lease_queue.requests_now()) == 1
+        assert len(queue.requests_now()) == 1
         mark = os.environ["SPECFLOW_LEASE"]
     # The mark of a lease that ended counts for nothing.
     with leases.lease(needs(1), "sample@other"):
@@ -316,7 +316,7 @@ def test_the_folder_serves_every_user(machine: Machine, tmp_path: Path, monkeypa
 
 def test_a_device_locked_by_another_program_is_left_alone(machine: Machine) -> None:
     """`flock <folder>/<uuid>.lock command` keeps a device for a command that knows nothing of specflow."""
-    place = lease_queue.folder()
+    place = queue.folder()
     path = place / f"{gpu(0)['uuid']}.lock"
     other = subprocess.Popen(["flock", str(path), "sleep", "60"], start_new_session=True)
     try:
@@ -329,7 +329,7 @@ def test_a_device_locked_by_another_program_is_left_alone(machine: Machine) -> N
 
 
 def lockable(path: Path) -> bool:
-    lock = lease_queue.Lock.take(path)
+    lock = queue.Lock.take(path)
     if lock is not None:
         lock.close()
     return lock is not None
@@ -338,15 +338,15 @@ def lockable(path: Path) -> bool:
 def test_a_removed_lock_file_is_not_taken_for_the_device(machine: Machine, tmp_path: Path) -> None:
     """Something that cleans temporary folders between open and lock must not lead to two holders."""
     path = tmp_path / "x.lock"
-    first = lease_queue.Lock.take(path)
-    assert first is not None and lease_queue.Lock.take(path) is None
+    first = queue.Lock.take(path)
+    assert first is not None and queue.Lock.take(path) is None
     path.unlink()
-    second = lease_queue.Lock.take(path)
+    second = queue.Lock.take(path)
     assert second is not None and os.fstat(second.descriptor or 0).st_ino == path.stat().st_ino
     first.close()
-    assert lease_queue.Lock.take(path) is None
-    late: list[lease_queue.Lock | None] = []
-    thread = threading.Thread(target=lambda: late.append(lease_queue.Lock.take(path, wait=True)))
+    assert queue.Lock.take(path) is None
+    late: list[queue.Lock | None] = []
+    thread = threading.Thread(target=lambda: late.append(queue.Lock.take(path, wait=True)))
     thread.start()
     time.sleep(0.2)  # it has opened the file and waits for the lock
     path.unlink()
@@ -357,8 +357,8 @@ def test_a_removed_lock_file_is_not_taken_for_the_device(machine: Machine, tmp_p
     # Even with the device's file gone, the ticket of its holder speaks for it.
     with leases.lease(needs(1), "sample@a"):
         (machine.leases / f"{gpu(0)['uuid']}.lock").unlink()
-        ticket = lease_queue.ask(machine.leases, holder="b", gpus=1, candidates=[gpu(0)["uuid"]], token="t")
-        assert lease_queue.attempt(machine.leases, ticket, lambda uuid: None).devices is None
+        ticket = queue.ask(machine.leases, holder="b", gpus=1, candidates=[gpu(0)["uuid"]], token="t")
+        assert queue.attempt(machine.leases, ticket, lambda uuid: None).devices is None
         ticket.release()
 
 
@@ -370,4 +370,4 @@ def test_cuda_that_already_runs_cannot_be_limited(machine: Machine, monkeypatch:
         leases.lease(needs(1), "sample@a").__enter__()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     with leases.lease(needs(1), "sample@a") as lease:  # no choice, so nothing to limit
-        assert lease.devices == tuple(gpus.my_devices())
+        assert lease.devices == tuple(nvml.my_devices())

@@ -19,8 +19,8 @@ import yaml
 from specflow import config, stage
 from specflow.config import Params, parse_params
 from specflow.errors import RetryableError, UserError
+from specflow.gpus.resources import Resources, stage_resources
 from specflow.paths import Paths
-from specflow.resources import Resources, stage_resources
 from tests.fake_nvml import GB, Machine, gpu
 
 ROOT = Path(__file__).parents[2]

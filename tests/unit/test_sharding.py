@@ -9,7 +9,7 @@ import pytest
 
 from specflow import sharding
 from specflow.errors import RetryableError, UserError
-from specflow.resources import Resources
+from specflow.gpus.resources import Resources
 
 
 def test_what_the_exit_code_of_a_share_means() -> None:

@@ -16,13 +16,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from specflow import gpus, lease_queue
 from specflow.errors import UserError
-from specflow.gpu_cost import Meter
-from specflow.gpus import GB, Device, NoGpus
+from specflow.gpus import nvml, queue
+from specflow.gpus.cost import Meter
+from specflow.gpus.nvml import GB, Device, NoGpus
 
 if TYPE_CHECKING:
-    from specflow.resources import Resources
+    from specflow.gpus.resources import Resources
 
 MARK = "SPECFLOW_LEASE"
 """Environment of a lease's holder and its children: the token of the lease that they may use."""
@@ -49,7 +49,7 @@ class Lease:
     def strangers(self) -> list[str]:
         """Descriptions of foreign compute processes that are on the devices now."""
         ours = _with_children(self.root_pid)
-        return [gpus.describe_process(*found) for device in self.devices for found in gpus.strangers(device, ours)]
+        return [nvml.describe_process(*found) for device in self.devices for found in nvml.strangers(device, ours)]
 
 
 @contextlib.contextmanager
@@ -81,7 +81,7 @@ def lease(resources: Resources, holder: str, *, allow_cpu: bool = False) -> Iter
             devices = stack.enter_context(_held(candidates, resources, holder, mark))
             names = ", ".join(f"GPU {device.label} ({device.name})" for device in devices)
             logger.info("%s runs on %s", holder, names)
-        setting = gpus.visible_setting(devices, gpus.inventory())
+        setting = nvml.visible_setting(devices, nvml.inventory())
         stack.enter_context(_environment({"CUDA_DEVICE_ORDER": "PCI_BUS_ID", VISIBLE: setting, MARK: mark}))
         meter = Meter(devices)
         stack.callback(meter.stop)
@@ -92,10 +92,10 @@ def _candidates(resources: Resources, holder: str, *, allow_cpu: bool) -> list[D
     """Devices that could serve the request; none where it runs without a lease. Raises UserError where none can."""
     setting = os.environ.get(VISIBLE)
     try:
-        devices, reason = gpus.inventory(), "NVML lists none"
+        devices, reason = nvml.inventory(), "NVML lists none"
     except NoGpus as error:
         devices, reason = [], str(error)
-    visible = gpus.visible_devices(devices, setting)
+    visible = nvml.visible_devices(devices, setting)
     if visible:
         return _fitting(visible, resources, holder)
     if devices:
@@ -128,18 +128,16 @@ def _fitting(visible: list[Device], resources: Resources, holder: str) -> list[D
     return sorted(fitting, key=lambda device: device.memory_bytes or 0) if needed else fitting
 
 
-def _inherited(candidates: Sequence[Device]) -> tuple[lease_queue.Request, list[Device]] | None:
+def _inherited(candidates: Sequence[Device]) -> tuple[queue.Request, list[Device]] | None:
     """The parent's lease and those of its devices that are candidates; None without a parent whose lease lives."""
     token = os.environ.get(MARK)
-    request = next((r for r in lease_queue.requests_now() if r.token == token and r.devices), None) if token else None
+    request = next((r for r in queue.requests_now() if r.token == token and r.devices), None) if token else None
     if request is None:
         return None
     return request, [device for device in candidates if device.uuid in request.devices]
 
 
-def _first(
-    inherited: tuple[lease_queue.Request, list[Device]], resources: Resources, holder: str
-) -> tuple[Device, ...]:
+def _first(inherited: tuple[queue.Request, list[Device]], resources: Resources, holder: str) -> tuple[Device, ...]:
     request, devices = inherited
     if len(devices) < resources.gpus:
         raise UserError(
@@ -152,17 +150,17 @@ def _first(
 @contextlib.contextmanager
 def _held(candidates: Sequence[Device], resources: Resources, holder: str, token: str) -> Iterator[tuple[Device, ...]]:
     """Queue up, wait, hold."""
-    place = lease_queue.folder()
+    place = queue.folder()
     by_uuid = {device.uuid: device for device in candidates}
     ours = _with_children(os.getpid())
 
     def busy(uuid: str) -> str | None:
-        return gpus.busy_reason(by_uuid[uuid], resources.gpu_memory_gb, ours)
+        return nvml.busy_reason(by_uuid[uuid], resources.gpu_memory_gb, ours)
 
-    ticket = lease_queue.ask(place, holder=holder, gpus=resources.gpus, candidates=list(by_uuid), token=token)
+    ticket = queue.ask(place, holder=holder, gpus=resources.gpus, candidates=list(by_uuid), token=token)
     try:
         said = -REPEAT_SECONDS
-        while (answer := lease_queue.attempt(place, ticket, busy)).devices is None:
+        while (answer := queue.attempt(place, ticket, busy)).devices is None:
             if time.monotonic() - said >= REPEAT_SECONDS:
                 said = time.monotonic()
                 logger.info("%s waits for %s: %s", holder, _count(resources), _obstacles(answer, ticket, by_uuid))
@@ -172,7 +170,7 @@ def _held(candidates: Sequence[Device], resources: Resources, holder: str, token
         ticket.release()
 
 
-def _obstacles(answer: lease_queue.Answer, ticket: lease_queue.Ticket, by_uuid: dict[str, Device]) -> str:
+def _obstacles(answer: queue.Answer, ticket: queue.Ticket, by_uuid: dict[str, Device]) -> str:
     """Who holds what, in one line."""
     parts = []
     for request in answer.requests:
@@ -187,7 +185,7 @@ def _obstacles(answer: lease_queue.Answer, ticket: lease_queue.Ticket, by_uuid: 
     return "; ".join(parts) or "another process is just looking"
 
 
-def describe_request(request: lease_queue.Request) -> str:
+def describe_request(request: queue.Request) -> str:
     """`train_offline@smollm2 (pid 77, ann, since 12:03)`."""
     since = time.localtime(request.granted_s or request.asked_s)
     day = "" if time.strftime("%F", since) == time.strftime("%F") else time.strftime("%F ", since)

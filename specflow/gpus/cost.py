@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from specflow import gpus
-from specflow.gpus import GB, Device, Load
+from specflow.gpus import nvml
+from specflow.gpus.nvml import GB, Device, Load
 
 SAMPLE_SECONDS = 1.0
 """Between two readings: NVML's own utilisation is a mean over up to a second, and a reading takes about 1 ms."""
@@ -52,8 +52,8 @@ class Meter:
         loads = []
         for device in self._devices:
             try:
-                loads.append(gpus.load(device))
-            except gpus.nvml().NVMLError:  # the device fell off the bus; the stage will notice
+                loads.append(nvml.load(device))
+            except nvml.driver().NVMLError:  # the device fell off the bus; the stage will notice
                 loads.append(Load(None, None, None, None, ()))
         return Reading(time.monotonic(), tuple(loads))
 

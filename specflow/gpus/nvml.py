@@ -61,7 +61,7 @@ class NoGpus(Exception):
 
 
 @functools.cache
-def nvml() -> Any:
+def driver() -> Any:
     """pynvml, initialised once for this process. Raises NoGpus where there is no NVIDIA driver, or a broken one."""
     import pynvml
 
@@ -77,7 +77,7 @@ def inventory() -> list[Device]:
 
     Raises NoGpus where NVML cannot be used.
     """
-    library = nvml()
+    library = driver()
     devices: list[Device] = []
     for index in range(library.nvmlDeviceGetCount()):
         try:
@@ -125,7 +125,7 @@ def visible_setting(chosen: Sequence[Device], devices: Sequence[Device]) -> str:
 
 def load(device: Device) -> Load:
     """Measure a device now. A device that fell off the bus has no load; NVMLError of pynvml is raised."""
-    library = nvml()
+    library = driver()
     handle = _handle(device)
     memory = _measure(library.nvmlDeviceGetMemoryInfo, handle)
     utilisation = _measure(library.nvmlDeviceGetUtilizationRates, handle)
@@ -149,7 +149,7 @@ def busy_reason(device: Device, memory_gb: float | None, ours: frozenset[int] = 
     """
     try:
         now = load(device)
-    except nvml().NVMLError as error:
+    except driver().NVMLError as error:
         return f"does not answer ({error})"
     free = now.memory_free_bytes
     strangers = [(pid, used) for pid, used in now.processes if pid not in ours]
@@ -175,7 +175,7 @@ def strangers(device: Device, ours: frozenset[int]) -> list[tuple[int, int | Non
 
     try:
         processes = load(device).processes
-    except nvml().NVMLError:  # it fell off the bus: whatever ends the stage says more
+    except driver().NVMLError:  # it fell off the bus: whatever ends the stage says more
         return []
     return [(pid, used) for pid, used in processes if pid not in ours and psutil.pid_exists(pid)]
 
@@ -212,7 +212,7 @@ def watch_only_mine(monitor: Any) -> None:
 
 def _devices_of(index: int) -> list[Device]:
     """The GPU of this index, or its MIG devices."""
-    library = nvml()
+    library = driver()
     gpu = library.nvmlDeviceGetHandleByIndex(index)
     uuid = library.nvmlDeviceGetUUID(gpu)
     if not _mig_enabled(gpu):
@@ -228,19 +228,19 @@ def _devices_of(index: int) -> list[Device]:
 
 
 def _device(index: int, handle: Any, uuid: str, gpu_uuid: str, mig: int | None) -> Device:
-    library = nvml()
+    library = driver()
     memory = _measure(library.nvmlDeviceGetMemoryInfo, handle)
     total = None if memory is None else int(memory.total)
     return Device(index, uuid, library.nvmlDeviceGetName(handle), total, gpu_uuid, mig)
 
 
 def _handle(device: Device) -> Any:
-    return nvml().nvmlDeviceGetHandleByUUID(device.uuid)
+    return driver().nvmlDeviceGetHandleByUUID(device.uuid)
 
 
 def _measure(function: Callable[[Any], Any], handle: Any) -> Any:
     """A reading, or None where this device or driver has no such thing."""
-    library = nvml()
+    library = driver()
     try:
         return function(handle)
     except (
@@ -253,8 +253,8 @@ def _measure(function: Callable[[Any], Any], handle: Any) -> Any:
 
 
 def _mig_enabled(gpu: Any) -> bool:
-    mode = _measure(nvml().nvmlDeviceGetMigMode, gpu)
-    return mode is not None and mode[0] == nvml().NVML_DEVICE_MIG_ENABLE
+    mode = _measure(driver().nvmlDeviceGetMigMode, gpu)
+    return mode is not None and mode[0] == driver().NVML_DEVICE_MIG_ENABLE
 
 
 def _by_index(devices: Sequence[Device], entry: str) -> list[Device]:

@@ -6,17 +6,17 @@ import os
 from dataclasses import asdict
 from typing import Any
 
-from specflow import gpus, lease_queue, leases
-from specflow.gpus import GB, Device, NoGpus
+from specflow.gpus import leases, nvml, queue
+from specflow.gpus.nvml import GB, Device, NoGpus
 
 
 def status() -> dict[str, Any]:
     """`gpus` (each with its lease), `requests` (all live ones, in order) and `reason` where NVML cannot be used."""
-    requests = lease_queue.requests_now()
+    requests = queue.requests_now()
     found: dict[str, Any] = {"gpus": [], "requests": [asdict(request) for request in requests], "reason": None}
     try:
-        devices = gpus.inventory()
-        visible = set(gpus.visible_devices(devices, os.environ.get(leases.VISIBLE)))
+        devices = nvml.inventory()
+        visible = set(nvml.visible_devices(devices, os.environ.get(leases.VISIBLE)))
     except NoGpus as error:
         return found | {"reason": str(error)}
     holders = {uuid: request for request in requests for uuid in request.devices}
@@ -27,7 +27,7 @@ def status() -> dict[str, Any]:
             | {
                 "visible": device in visible,
                 "lease": None if holder is None else asdict(holder),
-                "busy": None if holder is not None else gpus.busy_reason(device, None),
+                "busy": None if holder is not None else nvml.busy_reason(device, None),
             }
         )
     return found
@@ -36,8 +36,8 @@ def status() -> dict[str, Any]:
 def _state(device: Device) -> dict[str, Any]:
     facts = {"label": device.label, **asdict(device)}
     try:
-        now = gpus.load(device)
-    except gpus.nvml().NVMLError:  # `busy` says so
+        now = nvml.load(device)
+    except nvml.driver().NVMLError:  # `busy` says so
         return facts | {"memory_used_bytes": None, "utilisation": None, "power_w": None, "processes": []}
     total, free = device.memory_bytes, now.memory_free_bytes
     return facts | {
@@ -50,7 +50,7 @@ def _state(device: Device) -> dict[str, Any]:
 
 def status_text(found: dict[str, Any]) -> str:
     """A table of the devices and the queue."""
-    requests = [lease_queue.request_of(raw) for raw in found["requests"]]
+    requests = [queue.request_of(raw) for raw in found["requests"]]
     waiting = [request for request in requests if request.granted_s is None]
     if not found["gpus"]:
         lines = [f"No GPU on this machine ({found['reason'] or 'NVML lists none'})."]
@@ -70,7 +70,7 @@ def status_text(found: dict[str, Any]) -> str:
 def _row(gpu: dict[str, Any]) -> list[str]:
     total, used, share = gpu["memory_bytes"], gpu["memory_used_bytes"], gpu["utilisation"]
     if gpu["lease"] is not None:
-        lease = leases.describe_request(lease_queue.request_of(gpu["lease"]))
+        lease = leases.describe_request(queue.request_of(gpu["lease"]))
     else:
         lease = gpu["busy"] or "free"
     return [
