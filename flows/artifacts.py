@@ -19,7 +19,7 @@ from prefect.artifacts import (
 
 from flows.plan import Outcome
 from specflow.graph import StageNode
-from specflow.tracking_store import where_to_look
+from specflow.tracking.store import where_to_look
 
 STATES = ("ran", "restored", "cached", "failed", "skipped")
 PROGRESS_AFTER_S = 20.0

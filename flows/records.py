@@ -22,9 +22,9 @@ class Link:
 
     def _import(self) -> None:
         try:
-            from specflow import tracking
+            from specflow.tracking import record
 
-            self._link = tracking.link_pipeline
+            self._link = record.link_pipeline
         except Exception as error:
             self._error = error
 

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from specflow import results
 from specflow.config import Params, load_params
 from specflow.errors import UserError
 from specflow.paths import Paths, project_home
 from specflow.stage import configure_logging, family_paths, listed_families
+from specflow.tracking import results
 
 CONDITIONS = {
     "target_digest": "target",
@@ -82,7 +82,7 @@ def _measured(paths: Paths) -> bool:
 
 
 def _of_files(name: str, params: Params) -> Entry:
-    from specflow.tracking_store import flatten
+    from specflow.tracking.store import flatten
 
     paths = family_paths(name, params)
     if not _measured(paths):
@@ -103,7 +103,7 @@ def _of_files(name: str, params: Params) -> Entry:
 
 
 def _of_store(reference: str, params: Params) -> list[Entry]:
-    from specflow.tracking_runs import find_runs, is_reference
+    from specflow.tracking.runs import find_runs, is_reference
 
     if not is_reference(reference):
         raise UserError(

@@ -32,15 +32,15 @@ def init_project(root: Path, params_path: Path) -> list[str]:
     for key, value in DVC_SETTINGS.items():
         if f"{key.partition('.')[2]} = {value}" not in config:
             _run([dvc, "config", key, value], root)
-    from specflow import tracking_store
+    from specflow.tracking import store
 
-    client = tracking_store.open_store(root)
+    client = store.open_store(root)
     names = listed_families(params)
     for name in names:
-        tracking_store.ensure_experiment(client, name, root)
+        store.ensure_experiment(client, name, root)
     return [
         f"DVC: {root / '.dvc'}",
-        f"MLflow: {tracking_store.describe(root)}, experiments {', '.join(names) or 'none yet'}",
+        f"MLflow: {store.describe(root)}, experiments {', '.join(names) or 'none yet'}",
         *_prefect_objects(root),
         "Next: dvc repro",
     ]
@@ -67,13 +67,13 @@ def _run(command: list[str], root: Path) -> None:
 
 def sync_mlflow(params_path: Path) -> list[str]:
     """Rebuild missing MLflow runs of every listed family; one line per family."""
-    from specflow import tracking
+    from specflow.tracking import record
 
     params = load_params(params_path)
     configure_logging()
     lines = []
     for name in listed_families(params):
-        rebuilt = tracking.sync(name, params, family_paths(name, params))
+        rebuilt = record.sync(name, params, family_paths(name, params))
         lines.append(f"{name}: rebuilt {', '.join(rebuilt)}" if rebuilt else f"{name}: nothing missing")
     return lines
 
@@ -91,7 +91,7 @@ def results_text(params_path: Path) -> str:
         raise UserError("no results yet: run `dvc repro` first")
     report = Paths(root=Path(), family="", cache=Path()).report / "report.html"
     where = [f"Report: {report}"] if report.exists() else ["Report: run `dvc repro report`"]
-    from specflow.tracking_store import where_to_look
+    from specflow.tracking.store import where_to_look
 
     return "\n\n".join([*blocks, "\n".join([*where, f"Runs:   {where_to_look(Path())}"])])
 

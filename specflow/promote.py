@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from specflow import results
 from specflow.bench.intervals import Sums, bootstrap, speed_sums, speedup_of
 from specflow.bench.records import BASELINE, DRAFT, Record, paired
 from specflow.compare import CONDITIONS
@@ -22,6 +21,7 @@ from specflow.config import Params
 from specflow.errors import UserError
 from specflow.files import read_json, read_jsonl, sha256_file
 from specflow.paths import Paths, project_home
+from specflow.tracking import results
 
 SEED = 0
 """Of the bootstrap: the same two benchmarks always give the same decision."""
@@ -163,7 +163,7 @@ def promote(name: str, params: Params, paths: Paths, *, dry_run: bool = False) -
 
     Raises UserError where there is no benchmark of the exported draft, or no store.
     """
-    from specflow import tracking, tracking_registry
+    from specflow.tracking import record, registry
 
     if not (paths.bench / "summary.json").exists():
         raise UserError(f"family {name!r} has no benchmark: run `dvc repro bench@{name}` first")
@@ -172,22 +172,22 @@ def promote(name: str, params: Params, paths: Paths, *, dry_run: bool = False) -
     if not weights.exists() or sha256_file(weights) != new.digest:
         raise UserError(f"the benchmark of {name!r} is of another draft than {weights}: run `dvc repro bench@{name}`")
     home = project_home(paths.root)
-    client = tracking_registry.open_registry(paths)
-    current = tracking_registry.champion(client, name)
+    client = registry.open_registry(paths)
+    current = registry.champion(client, name)
     if current is None:
         decision = decide(new, None)
     elif current.tags["draft_digest"] == new.digest:
         return Decision(False, [f"The draft {new.digest[:12]} is the champion already: version {current.version}."])
     else:
-        with tracking_registry.benchmarks(client, name, current.tags["draft_digest"], home) as folders:
+        with registry.benchmarks(client, name, current.tags["draft_digest"], home) as folders:
             decision = decide(new, map(read_evidence, folders))
     if dry_run:
         return Decision(decision.promote, [*decision.sentences, "Dry run: the alias stays where it is."])
-    version = tracking.registered_version(client, name, params, paths)
+    version = record.registered_version(client, name, params, paths)
     why = " ".join(decision.sentences)
     if decision.promote:
-        tracking_registry.crown(client, version, why)
-        where = f"models:/{version.name}@{tracking_registry.CHAMPION}"
+        registry.crown(client, version, why)
+        where = f"models:/{version.name}@{registry.CHAMPION}"
         return Decision(True, [*decision.sentences, f"{where} is now version {version.version}."])
-    tracking_registry.tag_version(client, version, {"last_decision": why})
+    registry.tag_version(client, version, {"last_decision": why})
     return decision

@@ -70,12 +70,12 @@ def run_stage(stage: str, name: str, params_path: Path, *, parent_run_id: str | 
     configure_logging()
     resources = sharding.split(stage, name, stage_resources(paths.root, stage, family))
     with leases.lease(sharding.own_devices(resources), f"{stage}@{name}", allow_cpu=family.allow_cpu) as lease:
-        from specflow import tracking
+        from specflow.tracking import record
 
         run_function = _load(*STAGES[stage])
         if resources.shards > 1:
             run_function = sharding.over_shares(stage, run_function, params_path, resources)
-        with tracking.stage_run(stage, name, params, paths, parent_run_id=parent_run_id) as run:
+        with record.stage_run(stage, name, params, paths, parent_run_id=parent_run_id) as run:
             started = time.perf_counter()
             with _out_of_memory_explained(stage, name, family, lease):
                 metrics: dict[str, float] = run_function(name, family, params, paths, run.log)
@@ -146,14 +146,14 @@ def run_report(params_path: Path, *, parent_run_id: str | None = None) -> None:
     """Write the report over every listed family and link the runs that this pipeline run reused."""
     params, _ = load_project(params_path, "report")
     configure_logging()
-    from specflow import tracking
+    from specflow.tracking import record
 
     all_paths = {name: family_paths(name, params) for name in listed_families(params)}
     if not all_paths:
         raise UserError("nothing to report: params.yaml lists no family in offline or online")
     _load("specflow.bench.report", "run_report")(params, all_paths)
     for name, paths in all_paths.items():
-        with tracking.stage_run("report", name, params, paths, parent_run_id=parent_run_id) as run:
+        with record.stage_run("report", name, params, paths, parent_run_id=parent_run_id) as run:
             run.finish({})
             run.link_reused()
 

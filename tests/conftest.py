@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from specflow import tracking_store
 from specflow.config import Params, parse_params
 from specflow.gpus import nvml
 from specflow.paths import Paths
+from specflow.tracking.store import STORE, open_store
 from tests import fake_nvml
 from tests.toys import tiny_params
 
@@ -59,14 +59,14 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fake_nv
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A migrated MLflow store: making one takes seconds, copying it none."""
     home = tmp_path_factory.mktemp("store")
-    tracking_store.open_store(home)
-    return home / tracking_store.STORE
+    open_store(home)
+    return home / STORE
 
 
 @pytest.fixture
 def store(project: Path, empty_store: Path) -> Path:
     """The project's own MLflow store, without a run."""
-    return Path(shutil.copy(empty_store, project / tracking_store.STORE))
+    return Path(shutil.copy(empty_store, project / STORE))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from specflow import tracking_store
+from specflow.tracking import store
 from tests.integration.flow_server import Server, dvc, make_toy, running, wait_for
 from tests.projects import make_project
 from tests.toys import tiny_params
@@ -399,7 +399,7 @@ def flow_state(server: Server, flow_run_id: str) -> str:
 
 
 def mlflow_parent(folder: Path) -> Any:
-    client = tracking_store.open_store(folder)
+    client = store.open_store(folder)
     experiment = client.get_experiment_by_name("tiny")
     (parent,) = client.search_runs([experiment.experiment_id], "tags.prefect_flow_run_id LIKE '%'")
     return parent

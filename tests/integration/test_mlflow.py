@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from specflow import tracking, tracking_registry, tracking_store
 from specflow.config import Params
 from specflow.paths import Paths
 from specflow.promote import promote
+from specflow.tracking import record, registry, store
 from tests.evidence import write_bench
 
 SPEEDUPS = {"a": 1.25, "b": 1.25}
@@ -53,7 +53,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subp
 
 
 def run_bench(params: Params, paths: Paths, speedup: float, draft: str) -> None:
-    with tracking.stage_run("bench", "tiny", params, paths) as run:
+    with record.stage_run("bench", "tiny", params, paths) as run:
         run.finish(write_bench(paths, dict.fromkeys(SPEEDUPS, speedup), draft=draft))
 
 
@@ -68,9 +68,10 @@ def test_the_environment_names_the_pipeline_across_processes(
 ) -> None:
     """Four stages at once, a process each, on a store that does not exist yet: one parent, four children."""
     code = (
-        "import sys, time; from pathlib import Path; from specflow import tracking, files; "
+        "import sys, time; from pathlib import Path; from specflow import files; "
+        "from specflow.tracking import record; "
         "from specflow.stage import load_project; params, paths = load_project(Path('params.yaml'), 'tiny')\n"
-        "with tracking.stage_run(sys.argv[1], 'tiny', params, paths) as run:\n"
+        "with record.stage_run(sys.argv[1], 'tiny', params, paths) as run:\n"
         "    files.write_json(paths.metrics(sys.argv[1]), {'n': 1}); run.finish({'n': 1})"
     )
     monkeypatch.setenv("SPECFLOW_PIPELINE", "prefect 12-34")
@@ -81,7 +82,7 @@ def test_the_environment_names_the_pipeline_across_processes(
     said = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * 4, said
     assert not any("MLflow" in text for text in said), said
-    client = tracking_store.open_store(Path())
+    client = store.open_store(Path())
     runs = by_stage(client)
     assert set(runs) == {"pipeline", *stages}
     parent = runs["pipeline"]
@@ -100,7 +101,7 @@ def test_a_teams_server_holds_runs_weights_and_champion(
 ) -> None:
     address, process = server
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    for name in tracking_store.FIRST_CONTACT:
+    for name in store.FIRST_CONTACT:
         monkeypatch.setenv(name, "unset")  # so that both are as before after the test
         monkeypatch.delenv(name)
     monkeypatch.setenv("SPECFLOW_PIPELINE", "prefect 12-34")
@@ -109,11 +110,11 @@ def test_a_teams_server_holds_runs_weights_and_champion(
     assert promote("tiny", params, paths).promote
     run_bench(params, paths, 1.5, "two")
     assert promote("tiny", params, paths).promote  # the champion's records came from the server
-    (parent,) = tracking.link_pipeline("prefect 12-34", ["tiny"], params, {}).values()
+    (parent,) = record.link_pipeline("prefect 12-34", ["tiny"], params, {}).values()
 
-    client = tracking_store.open_store(Path())
+    client = store.open_store(Path())
     assert {run.data.tags["mlflow.parentRunId"] for run in runs_of(client) if run.info.run_id != parent} == {parent}
-    best = tracking_registry.champion(client, "tiny")
+    best = registry.champion(client, "tiny")
     assert best is not None and (str(best.version), best.tags["speedup"]) == ("2", "1.5000")
     artifact_uri = client.get_run(best.run_id).info.artifact_uri
     assert artifact_uri.startswith("mlflow-artifacts:")
@@ -123,7 +124,7 @@ def test_a_teams_server_holds_runs_weights_and_champion(
     assert mlflow_warnings == []
 
     began = time.monotonic()
-    with tracking.stage_run("vocab", "tiny", params, paths) as run:
+    with record.stage_run("vocab", "tiny", params, paths) as run:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         run.log({"x": 1.0}, 1)

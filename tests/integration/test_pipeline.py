@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
-from specflow import tracking
+from specflow.tracking.store import open_store
 from tests.projects import Project, make_project
 from tests.toys import tiny_params
 
@@ -62,7 +62,7 @@ def test_benchmark_is_lossless_and_its_identities_hold(project: Project) -> None
 
 
 def test_mlflow_has_a_parent_with_every_stage(project: Project) -> None:
-    client = tracking.open_store(project.folder)
+    client = open_store(project.folder)
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
     parents = [run for run in runs if "pipeline" in run.data.tags and "bench/speedup" in run.data.metrics]
     first = min(parents, key=lambda run: run.info.start_time)
@@ -82,7 +82,7 @@ def test_nothing_changed_runs_nothing_and_a_bench_parameter_runs_bench_and_repor
     assert project.repro() == []
     project.set("families", "tiny", "bench", "max_new_tokens", value=8)
     assert project.repro() == ["bench@tiny", "report"]
-    client = tracking.open_store(project.folder)
+    client = open_store(project.folder)
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id], "tags.pipeline LIKE 'dvc%'")
     newest = max(runs, key=lambda run: run.info.start_time)
     reused = {tag.removeprefix("reused.") for tag in newest.data.tags if tag.startswith("reused.")}

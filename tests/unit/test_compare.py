@@ -11,13 +11,15 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from specflow import files, results, tracking, tracking_store
+from specflow import files
 from specflow.cli import cli
 from specflow.compare import collect
 from specflow.config import Params, load_params
 from specflow.errors import UserError
 from specflow.paths import Paths
 from specflow.promote import promote
+from specflow.tracking import record, results
+from specflow.tracking.store import open_store
 from tests.evidence import write_bench
 from tests.unit.test_report import Page
 
@@ -140,13 +142,13 @@ def test_runs_of_the_store_compare_with_files(two_families: Params, store: Path,
     """Two pipeline runs of one family, by @all, by id and by @champion, have the numbers of their own day."""
     ids = []
     for key, speedup in (("first", 1.25), ("second", 1.5)):
-        with tracking.stage_run("bench", "tiny", two_families, paths) as stage:
+        with record.stage_run("bench", "tiny", two_families, paths) as stage:
             stage.finish(write_bench(paths, dict.fromkeys(SPEEDUPS, speedup), draft=key))
         lock = {
             "bench@tiny": {"outs": [{"path": str(paths.metrics("bench")), "md5": results.md5(paths.metrics("bench"))}]}
         }
         Path("dvc.lock").write_text(yaml.safe_dump({"stages": lock}))
-        ids.append(tracking.link_pipeline(key, ["tiny"], two_families, {})["tiny"])
+        ids.append(record.link_pipeline(key, ["tiny"], two_families, {})["tiny"])
         if key == "first":
             assert promote("tiny", two_families, paths).promote
     speeds = {entry.label: entry.metrics["bench/speedup"] for entry in collect(Path("params.yaml"), ["tiny@all"])}
@@ -160,9 +162,9 @@ def test_runs_of_the_store_compare_with_files(two_families: Params, store: Path,
 
 
 def test_a_run_without_a_benchmark_names_its_pipeline(two_families: Params, store: Path, paths: Paths) -> None:
-    with tracking.stage_run("vocab", "tiny", two_families, paths) as stage:
+    with record.stage_run("vocab", "tiny", two_families, paths) as stage:
         stage.finish({"coverage_eval": 0.5})
-    client: Any = tracking_store.open_store(Path())
+    client: Any = open_store(Path())
     experiment = client.get_experiment_by_name("tiny")
     (child,) = client.search_runs([experiment.experiment_id], "tags.stage = 'vocab'")
     parent = child.data.tags["mlflow.parentRunId"]

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
-from specflow import files, tracking, tracking_registry, tracking_store
+from specflow import files
 from specflow.config import Params
 from specflow.errors import UserError
 from specflow.paths import Paths
 from specflow.promote import promote
+from specflow.tracking import record, registry
+from specflow.tracking.store import open_store
 from tests.evidence import write_bench
 
 EQUAL = dict.fromkeys(("a", "b", "c"), 1.25)
@@ -20,13 +22,13 @@ BETTER = dict.fromkeys(EQUAL, 1.5)
 
 @pytest.fixture
 def client(store: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(tracking, "_pipeline_key", lambda: None)
-    return tracking_store.open_store(Path())
+    monkeypatch.setattr(record, "_pipeline_key", lambda: None)
+    return open_store(Path())
 
 
 def bench(params: Params, paths: Paths, speedups: dict[str, float], **how: Any) -> None:
     """A bench stage: files and the run around them."""
-    with tracking.stage_run("bench", "tiny", params, paths) as run:
+    with record.stage_run("bench", "tiny", params, paths) as run:
         run.finish(write_bench(paths, speedups, **how))
 
 
@@ -36,7 +38,7 @@ def versions(client: Any) -> dict[str, Any]:
 
 
 def champion(client: Any) -> str | None:
-    found = tracking_registry.champion(client, "tiny")
+    found = registry.champion(client, "tiny")
     return None if found is None else str(found.version)
 
 

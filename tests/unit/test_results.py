@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from specflow import files, results
+from specflow import files
 from specflow.bench.summary import summary_of
 from specflow.files import sha256_json
 from specflow.paths import Paths
 from specflow.project import family_table
+from specflow.tracking import results
 from tests.bench_records import benchmark, record
 from tests.evidence import make_records, make_summary
 

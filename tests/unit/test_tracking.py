@@ -10,22 +10,24 @@ from typing import Any
 import pytest
 import yaml
 
-from specflow import files, results, tracking, tracking_store, tracking_view
+from specflow import files
 from specflow.config import Params
 from specflow.errors import UserError
 from specflow.paths import Paths
+from specflow.tracking import record, results, view
+from specflow.tracking.store import STORE, open_store
 from tests.evidence import write_bench
 
 
 @pytest.fixture
 def client(store: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(tracking, "_pipeline_key", lambda: "dvc 1 1.00")
-    return tracking_store.open_store(Path())
+    monkeypatch.setattr(record, "_pipeline_key", lambda: "dvc 1 1.00")
+    return open_store(Path())
 
 
 def run_stage(stage: str, params: Params, paths: Paths, metrics: dict[str, float], curve: int = 0) -> None:
     """What specflow.stage does around a stage."""
-    with tracking.stage_run(stage, "tiny", params, paths) as run:
+    with record.stage_run(stage, "tiny", params, paths) as run:
         for step in range(curve):
             run.log({"train/loss_0": 1.0 / (step + 1)}, step)
         files.write_json(paths.metrics(stage), metrics)
@@ -141,7 +143,7 @@ def test_costs_are_summed_over_the_stages_that_know_theirs(paths: Paths) -> None
 
 def test_a_failing_and_a_stopped_stage_end_their_runs(client: Any, params: Params, paths: Paths) -> None:
     for error, stage in ((RuntimeError, "vocab"), (SystemExit, "extract")):
-        with pytest.raises(error), tracking.stage_run(stage, "tiny", params, paths):
+        with pytest.raises(error), record.stage_run(stage, "tiny", params, paths):
             raise error
     runs = by_stage(client)
     assert (runs["vocab"].info.status, runs["extract"].info.status) == ("FAILED", "KILLED")
@@ -152,7 +154,7 @@ def test_cached_stages_show_in_the_next_pipeline_run(
 ) -> None:
     run_stage("vocab", params, paths, {"coverage": 0.5})
     first = by_stage(client)["vocab"].info.run_id
-    monkeypatch.setattr(tracking, "_pipeline_key", lambda: "dvc 2 2.00")
+    monkeypatch.setattr(record, "_pipeline_key", lambda: "dvc 2 2.00")
     run_stage("train_offline", params, paths, {"final_loss": 7})
     write_lock(paths, ["vocab", "train_offline"])
     run_stage("report", params, paths, {})
@@ -168,15 +170,15 @@ def test_sync_rebuilds_once(store: Path, params: Params, paths: Paths) -> None:
     files.write_json(paths.plot("training.json"), [{"step": 1, "loss_0": 2.0}, {"step": 2, "loss_0": 1.0}])
     write_lock(paths, ["vocab", "train_offline"])
     files.write_json(paths.metrics("export"), {"bytes": 7})  # not in the lock: nobody vouches for it
-    assert sorted(tracking.sync("tiny", params, paths)) == ["train_offline", "vocab"]
-    client = tracking_store.open_store(Path())
+    assert sorted(record.sync("tiny", params, paths)) == ["train_offline", "vocab"]
+    client = open_store(Path())
     runs = by_stage(client)
     assert set(runs) == {"pipeline", "vocab", "train_offline"}
     assert runs["train_offline"].data.params["train_offline.lr"] == "0.5"
     history = client.get_metric_history(runs["train_offline"].info.run_id, "train/loss_0")
     assert [point.value for point in history] == [2.0, 1.0]
     assert runs["pipeline"].data.metrics["vocab/coverage"] == 0.5
-    assert tracking.sync("tiny", params, paths) == []
+    assert record.sync("tiny", params, paths) == []
     assert len(all_runs(client)) == 3
     assert len(client.get_metric_history(runs["pipeline"].info.run_id, "vocab/coverage")) == 1
 
@@ -185,14 +187,14 @@ def test_sync_trusts_only_files_that_the_lock_describes(store: Path, params: Par
     files.write_json(paths.metrics("vocab"), {"coverage": 0.5})
     write_lock(paths, ["vocab"])
     files.write_json(paths.metrics("vocab"), {"coverage": 0.9})
-    assert tracking.sync("tiny", params, paths) == []
+    assert record.sync("tiny", params, paths) == []
 
 
 @pytest.mark.parametrize("damage", ["folder", "garbage"])
 def test_an_unusable_store_costs_one_warning(
     project: Path, params: Params, paths: Paths, mlflow_warnings: list[str], damage: str
 ) -> None:
-    store = Path(tracking_store.STORE)
+    store = Path(STORE)
     if damage == "folder":
         store.mkdir()
     else:
@@ -201,14 +203,14 @@ def test_an_unusable_store_costs_one_warning(
     assert paths.metrics("vocab").exists()
     assert len(mlflow_warnings) == 1
     with pytest.raises(UserError, match=r"mlflow\.db cannot be used"):
-        tracking_store.open_store(Path())
+        open_store(Path())
 
 
 def test_a_store_that_breaks_midway_costs_one_warning(
     client: Any, params: Params, paths: Paths, mlflow_warnings: list[str]
 ) -> None:
-    with tracking.stage_run("vocab", "tiny", params, paths) as run:
-        Path(tracking_store.STORE).write_bytes(b"gone" * 1000)
+    with record.stage_run("vocab", "tiny", params, paths) as run:
+        Path(STORE).write_bytes(b"gone" * 1000)
         files.write_json(paths.metrics("vocab"), {"coverage": 0.5})
         run.finish({"coverage": 0.5})
         run.log({"x": 1.0}, 1)
@@ -222,7 +224,7 @@ def test_a_second_pipeline_run_with_everything_cached_compares_too(
     run_stage("bench", params, paths, write_bench(paths, {"a": 1.25, "b": 1.25}))
     write_lock(paths, ["vocab", "bench"])
     ran = {stage: run.info.run_id for stage, run in by_stage(client).items()}
-    parents = tracking.link_pipeline("prefect it's", ["tiny"], params, {"prefect_flow_run": "abc"})
+    parents = record.link_pipeline("prefect it's", ["tiny"], params, {"prefect_flow_run": "abc"})
     runs = {run.info.run_id: run for run in all_runs(client)}
     assert len(runs) == 4
     parent = runs[parents["tiny"]]
@@ -239,7 +241,7 @@ def test_a_second_pipeline_run_with_everything_cached_compares_too(
     fixed = {"accept/length": 2.0, "bench/speedup": 1.25, "vocab/coverage": 0.5, "cost/gpu_seconds": 16.0}
     assert fixed.items() <= parent.data.metrics.items()
     # Again: the same parent, no second point.
-    assert tracking.link_pipeline("prefect it's", ["tiny"], params, {"prefect_flow_run": "abc"}) == parents
+    assert record.link_pipeline("prefect it's", ["tiny"], params, {"prefect_flow_run": "abc"}) == parents
     assert len(all_runs(client)) == 4
     assert len(client.get_metric_history(parents["tiny"], "bench/speedup")) == 1
 
@@ -248,7 +250,7 @@ def test_a_linked_number_that_changed_is_the_newest_one(client: Any, params: Par
     for coverage in (0.9, 0.5):
         files.write_json(paths.metrics("vocab"), {"coverage_eval": coverage})
         write_lock(paths, ["vocab"])
-        parent_id = tracking.link_pipeline("key", ["tiny"], params, {})["tiny"]
+        parent_id = record.link_pipeline("key", ["tiny"], params, {})["tiny"]
     assert client.get_run(parent_id).data.metrics["vocab/coverage"] == 0.5
 
 
@@ -275,8 +277,8 @@ def test_results_of_an_older_draft_are_not_this_pipelines(paths: Paths) -> None:
 
 
 def test_the_parent_is_as_its_stages_are(client: Any, params: Params, paths: Paths) -> None:
-    with tracking.stage_run("vocab", "tiny", params, paths):
-        with pytest.raises(RuntimeError), tracking.stage_run("extract", "tiny", params, paths):
+    with record.stage_run("vocab", "tiny", params, paths):
+        with pytest.raises(RuntimeError), record.stage_run("extract", "tiny", params, paths):
             raise RuntimeError
         assert by_stage(client)["pipeline"].info.status == "RUNNING"
     assert by_stage(client)["pipeline"].info.status == "FAILED"
@@ -289,7 +291,7 @@ def test_the_end_of_a_pipeline_ends_what_a_killed_stage_left_open(client: Any, p
     parent_id = by_stage(client)["pipeline"].info.run_id
     tags = {"stage": "extract", "mlflow.parentRunId": parent_id}
     client.create_run(client.get_run(parent_id).info.experiment_id, tags=tags)
-    assert tracking.link_pipeline("dvc 1 1.00", ["tiny"], params, {}) == {"tiny": parent_id}
+    assert record.link_pipeline("dvc 1 1.00", ["tiny"], params, {}) == {"tiny": parent_id}
     runs = by_stage(client)
     assert (runs["extract"].info.status, runs["pipeline"].info.status) == ("KILLED", "KILLED")
 
@@ -300,10 +302,10 @@ def test_an_experiment_opens_on_its_pipeline_runs(client: Any, params: Params, p
     files.write_json(paths.metrics("vocab"), {"coverage_eval": 0.5})
     files.write_json(paths.metrics("train_offline"), {"train_tok_s": 10.0, "train_s": 2.0})
     write_lock(paths, ["bench", "vocab", "train_offline"])
-    parent_id = tracking.link_pipeline("key", ["tiny"], params, {})["tiny"]
+    parent_id = record.link_pipeline("key", ["tiny"], params, {})["tiny"]
     run, experiment = client.get_run(parent_id), client.get_experiment_by_name("tiny")
-    view = json.loads(experiment.tags[tracking_view.VIEW_TAG])
-    state = json.loads(view["state"])
+    saved = json.loads(experiment.tags[view.VIEW_TAG])
+    state = json.loads(saved["state"])
     (found,) = client.search_runs([experiment.experiment_id], state["searchFilter"])
     assert found.info.run_id == parent_id
     columns = {name.partition(".")[0]: set() for name in state["selectedColumns"]}

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from specflow import tracking, tracking_store
 from specflow.config import Params
 from specflow.errors import UserError
 from specflow.paths import Paths
+from specflow.tracking import record, store
 
 LIMIT_S = 20.0
 """An unreachable server must cost seconds; MLflow's own limits make it minutes."""
@@ -38,15 +38,15 @@ def test_the_projects_file_unless_the_environment_says_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert tracking_store.tracking_uri(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
-    assert tracking_store.where_to_look(tmp_path) == "mlflow ui --backend-store-uri sqlite:///mlflow.db"
+    assert store.tracking_uri(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert store.where_to_look(tmp_path) == "mlflow ui --backend-store-uri sqlite:///mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")  # of the project, wherever a stage runs
-    assert tracking_store.tracking_uri(tmp_path) == f"sqlite:///{tmp_path}/other.db"
+    assert store.tracking_uri(tmp_path) == f"sqlite:///{tmp_path}/other.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////srv/team.db")
-    assert tracking_store.tracking_uri(tmp_path) == "sqlite:////srv/team.db"
+    assert store.tracking_uri(tmp_path) == "sqlite:////srv/team.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@runs.example.org/mlflow")
-    assert tracking_store.tracking_uri(tmp_path) == "https://me:secret@runs.example.org/mlflow"
-    assert tracking_store.where_to_look(tmp_path) == "https://runs.example.org/mlflow"
+    assert store.tracking_uri(tmp_path) == "https://me:secret@runs.example.org/mlflow"
+    assert store.where_to_look(tmp_path) == "https://runs.example.org/mlflow"
 
 
 @pytest.mark.parametrize("kind", ["closed", "silent"])
@@ -62,16 +62,16 @@ def test_an_unreachable_server_costs_one_warning_and_seconds(
 ) -> None:
     port = free_port if kind == "closed" else silent_port
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-    for name in tracking_store.FIRST_CONTACT:
+    for name in store.FIRST_CONTACT:
         monkeypatch.setenv(name, "unset")  # so that both are as before after the test
         monkeypatch.delenv(name)
     began = time.monotonic()
-    with tracking.stage_run("vocab", "tiny", params, paths) as run:
+    with record.stage_run("vocab", "tiny", params, paths) as run:
         run.log({"x": 1.0}, 1)
         run.finish({"x": 1.0})
     assert time.monotonic() - began < LIMIT_S
     assert len(mlflow_warnings) == 1 and f"127.0.0.1:{port} cannot be used" in mlflow_warnings[0]
-    assert not Path(tracking_store.STORE).exists()
+    assert not Path(store.STORE).exists()
 
 
 def test_where_a_store_is_needed_an_unreachable_one_is_an_error(
@@ -79,7 +79,7 @@ def test_where_a_store_is_needed_an_unreachable_one_is_an_error(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{free_port}")
     with pytest.raises(UserError, match="start it, or unset MLFLOW_TRACKING_URI") as caught:
-        tracking.sync("tiny", params, paths)
+        record.sync("tiny", params, paths)
     assert "secret" not in str(caught.value)
 
 
@@ -88,7 +88,7 @@ def test_the_users_own_limits_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
     with pytest.raises(UserError):
-        tracking_store.open_store(tmp_path)
+        store.open_store(tmp_path)
     import os
 
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1" and os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "3"

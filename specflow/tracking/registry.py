@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specflow import results
 from specflow.paths import Paths, project_home
-from specflow.tracking_store import ensure_experiment, open_store, search
+from specflow.tracking import results
+from specflow.tracking.store import ensure_experiment, open_store, search
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

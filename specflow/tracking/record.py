@@ -1,6 +1,6 @@
 """The MLflow record: an experiment per family, a parent run per pipeline run, a child per stage.
 
-Only the `tracking*` modules import mlflow. MLflow is a log, never an input: a store that cannot be used costs one
+Only this folder imports mlflow. MLflow is a log, never an input: a store that cannot be used costs one
 warning and the stage goes on. A stage's run carries the md5 of its metrics file, which dvc.lock records too: by it the
 run of a cached stage is found again (`link_reused`) and a lost record is rebuilt (`sync`).
 """
@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from specflow import __version__, results
+from specflow import __version__
 from specflow.config import Params
 from specflow.errors import UserError
 from specflow.gpus import nvml
 from specflow.paths import Paths, project_home
-from specflow.tracking_registry import find_version, register_draft
-from specflow.tracking_store import (
+from specflow.tracking import results
+from specflow.tracking.registry import find_version, register_draft
+from specflow.tracking.store import (
     create_run,
     ensure_experiment,
     flatten,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specflow.errors import UserError
-from specflow.tracking_view import VIEW_TAG, view_tag
+from specflow.tracking.view import VIEW_TAG, view_tag
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from specflow.errors import UserError
-from specflow.tracking_registry import champion
-from specflow.tracking_store import describe, open_store
+from specflow.tracking.registry import champion
+from specflow.tracking.store import describe, open_store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
