@@ -31,7 +31,7 @@ def nightly(families: list[str] | None = None, promote: bool = False) -> Any:
 
 
 def _promote(families: list[str] | None) -> None:
-    from specflow.promote import promote
+    from specflow.compare.promote import promote
     from specflow.stage import family_paths, listed_families
 
     params = load_params(Path("params.yaml"))

@@ -309,12 +309,12 @@ def gpus(as_json: bool) -> None:
 @params_option
 def compare(names: tuple[str, ...], html: Path | None, as_json: bool, params_path: Path) -> None:
     """Compare benchmarks: families by their files, pipeline runs by MLflow. Without names: every listed family."""
-    from specflow.compare import collect, compare_json, compare_text
+    from specflow.compare.command import collect, compare_json, compare_text
 
     entries = collect(params_path, names)
     click.echo(compare_json(entries) if as_json else compare_text(entries))
     if html is not None:
-        from specflow.compare_page import write_page
+        from specflow.compare.page import write_page
 
         write_page(entries, html)
         click.echo(f"Page: {html}", err=as_json)
@@ -326,7 +326,7 @@ def compare(names: tuple[str, ...], html: Path | None, as_json: bool, params_pat
 @params_option
 def promote(family: str, dry_run: bool, params_path: Path) -> None:
     """Make the family's draft its champion in the model registry if it is better, pair by pair; say why."""
-    from specflow.promote import promote as decide
+    from specflow.compare.promote import promote as decide
     from specflow.stage import configure_logging, load_project
 
     params, paths = load_project(params_path, family)

@@ -106,7 +106,7 @@ REFERENCE_ROWS = {
 
 def family_table(name: str, summary: dict[str, Any]) -> str:
     """The benchmark of one family, from its summary.json, as text in columns."""
-    from specflow.compare import table
+    from specflow.compare.command import table
 
     header = ["prompt set", "acceptance", "survival by position", "tok/s", "without", "speedup [95 % CI]", "lossless"]
     rows = []

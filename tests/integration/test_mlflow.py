@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
+from specflow.compare.promote import promote
 from specflow.config import Params
 from specflow.paths import Paths
-from specflow.promote import promote
 from specflow.tracking import record, registry, store
 from tests.evidence import write_bench
 

@@ -13,11 +13,11 @@ from click.testing import CliRunner, Result
 
 from specflow import files
 from specflow.cli import cli
-from specflow.compare import collect
+from specflow.compare.command import collect
+from specflow.compare.promote import promote
 from specflow.config import Params, load_params
 from specflow.errors import UserError
 from specflow.paths import Paths
-from specflow.promote import promote
 from specflow.tracking import record, results
 from specflow.tracking.store import open_store
 from tests.evidence import write_bench

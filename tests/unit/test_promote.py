@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from specflow.promote import Evidence, decide, differences, paired_interval, shortcomings
+from specflow.compare.promote import Evidence, decide, differences, paired_interval, shortcomings
 from tests.evidence import make_records, make_summary
 
 FASTER = {"a": 2.0, "b": 2.0}

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from specflow import files
+from specflow.compare.promote import promote
 from specflow.config import Params
 from specflow.errors import UserError
 from specflow.paths import Paths
-from specflow.promote import promote
 from specflow.tracking import record, registry
 from specflow.tracking.store import open_store
 from tests.evidence import write_bench

@@ -8,7 +8,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from specflow.bench import figures
-from specflow.compare import HEADER, Entry, differing_params, measured_under, row, unlike
+from specflow.compare.command import HEADER, Entry, differing_params, measured_under, row, unlike
 from specflow.files import write_text
 from specflow.page import environment, figure
 
@@ -30,7 +30,7 @@ def write_page(entries: Sequence[Entry], path: Path) -> None:
     """Write the comparison to `path`, whole or not at all."""
     text = (
         environment()
-        .get_template("compare.html.j2")
+        .get_template("compare/page.html.j2")
         .render(
             entries=entries,
             header=HEADER,

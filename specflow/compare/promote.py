@@ -16,7 +16,7 @@ import numpy as np
 
 from specflow.bench.intervals import Sums, bootstrap, speed_sums, speedup_of
 from specflow.bench.records import BASELINE, DRAFT, Record, paired
-from specflow.compare import CONDITIONS
+from specflow.compare.command import CONDITIONS
 from specflow.config import Params
 from specflow.errors import UserError
 from specflow.files import read_json, read_jsonl, sha256_file
