@@ -142,7 +142,7 @@ def plan(
     **options: Any,
 ) -> None:
     """Print disk, memory and time of every stage before anything runs, and the assumptions behind them."""
-    from specflow.plan import Options, plan_text
+    from specflow.plan.command import Options, plan_text
 
     memory_bytes = None if device_memory_gb is None else device_memory_gb * 1e9
     layer_s = None if layer_ms is None else layer_ms / 1e3

@@ -13,13 +13,13 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from specflow import plan
 from specflow.cli import cli
 from specflow.config import Family, parse_params
 from specflow.drafters.eagle3 import Eagle3Config, Eagle3Draft
 from specflow.errors import UserError
-from specflow.plan_facts import DEVICES, SHAPES, Device, Shape, read_config, shape_named
-from specflow.plan_formulas import (
+from specflow.plan import command
+from specflow.plan.facts import DEVICES, SHAPES, Device, Shape, read_config, shape_named
+from specflow.plan.formulas import (
     Assumptions,
     decode_step_s,
     draft_parameters,
@@ -90,7 +90,7 @@ def test_the_longest_name_wins_and_unknown_ones_are_none() -> None:
 
 @pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_can_be_planned(recipe: Path) -> None:
-    assert "train_" in plan.plan_text(Path("params.yaml"), None, recipe, plan.Options())
+    assert "train_" in command.plan_text(Path("params.yaml"), None, recipe, command.Options())
 
 
 def test_shape_of_a_config_counts_a_real_checkpoint_and_the_draft_a_real_draft(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_measured_lengths_take_the_place_of_assumed_ones(run_plan: RunPlan, tmp_
 def test_what_does_not_fit_is_a_warning(run_plan: RunPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "WARNING" not in run_plan()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: SimpleNamespace(total=1e9))
+    monkeypatch.setattr(command.psutil, "virtual_memory", lambda: SimpleNamespace(total=1e9))
     text = run_plan("--device", "h100", "--device-memory-gb", "0.0001", "--gpus", "1")
     assert "WARNING: the stages take" in text and "this machine has 1.0 GB" in text
     assert "WARNING: sample needs" in text and "the device has 100.0 kB: more --gpus" in text
@@ -238,7 +238,7 @@ def test_mistakes_are_one_line(run_plan: RunPlan, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no 'num_attention_heads'"):
         run_plan("--config", str(tmp_path / "empty.json"))
     with pytest.raises(UserError, match=r"shape of file:.* is not known: run fetch first"):
-        plan.plan_text(Path("params.yaml"), "tiny", None, plan.Options())
+        command.plan_text(Path("params.yaml"), "tiny", None, command.Options())
 
 
 def test_a_recipe_is_planned_before_it_is_added(run_plan: RunPlan, tmp_path: Path) -> None:
@@ -246,5 +246,5 @@ def test_a_recipe_is_planned_before_it_is_added(run_plan: RunPlan, tmp_path: Pat
     block = {**raw["families"]["tiny"], "target": {"source": "hf:Qwen/Qwen3-8B@main", "dtype": "bfloat16"}}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"families": {"other": block}, "online": ["other"]}))
-    text = plan.plan_text(Path("params.yaml"), None, recipe, plan.Options())
+    text = command.plan_text(Path("params.yaml"), None, recipe, command.Options())
     assert text.startswith("other: 8.19 B parameters (public shape of Qwen3-8B)") and "train_online" in text

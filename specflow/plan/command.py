@@ -1,6 +1,6 @@
 """The `specflow plan` command: gathers what is known of a family, prints estimates, assumptions and warnings.
 
-The formulas are `plan_formulas.py`'s. Reads parameters, and of earlier stages target.json and metrics where they exist.
+The formulas are `formulas.py`'s. Reads parameters, and of earlier stages target.json and metrics where they exist.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from specflow.config import Family, Params, load_params, parse_params
 from specflow.errors import UserError
 from specflow.files import read_json
 from specflow.paths import Paths
-from specflow.plan_facts import DEVICES, Device, Shape, read_config, shape_named
-from specflow.plan_formulas import Assumptions, Estimate, estimate, largest_batch, least_gpus, weight_bytes
+from specflow.plan.facts import DEVICES, Device, Shape, read_config, shape_named
+from specflow.plan.formulas import Assumptions, Estimate, estimate, largest_batch, least_gpus, weight_bytes
 from specflow.stage import family_paths, listed_families
 from specflow.targets.model import read_facts
 

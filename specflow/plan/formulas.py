@@ -1,6 +1,6 @@
 """Disk, memory and time of every stage as formulas of the family, the target's shape and a device's assumed speed.
 
-Arithmetic alone; what it starts from is `plan_facts.py`'s, what is printed `plan.py`'s. Time of a forward = FLOPs /
+Arithmetic alone; what it starts from is `facts.py`'s, what is printed `command.py`'s. Time of a forward = FLOPs /
 (peak * mfu), and for decoding also bytes / (bandwidth * mbu) and a fixed time per layer, added up: nothing is assumed
 to overlap. N conversations of `prompt` and `answer` tokens each; B rows side by side; H hidden.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from specflow.config import Family
 from specflow.hidden_states import bytes_per_token
-from specflow.plan_facts import Device, Shape
+from specflow.plan.facts import Device, Shape
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 HOST_BYTES_PER_TOKEN = 36
