@@ -21,9 +21,9 @@ from prefect_ray.context import remote_options
 
 from flows.pipeline import pipeline
 from flows.plan import Job, Outcome
-from specflow import sharding
 from specflow.config import load_params
 from specflow.gpus.resources import stage_resources
+from specflow.sharding import launch
 
 
 class StageTaskRunner(RayTaskRunner):
@@ -61,24 +61,24 @@ def ray_options(job: Job) -> dict[str, Any]:
     stage, _, family = job.address.partition("@")
     params = Path(job.root) / "params.yaml"
     known = load_params(params).families if params.exists() else {}
-    needs = sharding.split(stage, family, stage_resources(Path(job.root), stage, known.get(family)))
+    needs = launch.split(stage, family, stage_resources(Path(job.root), stage, known.get(family)))
     split = needs.shards > 1
     return {"num_gpus": 0 if split else needs.gpus, "num_cpus": 0 if split else 1, "max_calls": 1}
 
 
 def runner() -> StageTaskRunner:
     """Connects to SPECFLOW_RAY_ADDRESS when a flow starts; tasks import from this checkout and know the address."""
-    address = sharding.ray_address()
+    address = launch.ray_address()
     path = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")]))
-    variables = {"PYTHONPATH": path, **({sharding.RAY_ADDRESS: address} if address else {})}
+    variables = {"PYTHONPATH": path, **({launch.RAY_ADDRESS: address} if address else {})}
     return StageTaskRunner(address=address, init_kwargs={"runtime_env": {"env_vars": variables}})
 
 
 pipeline_on_ray = pipeline.with_options(name="pipeline-ray", task_runner=runner())
 
 if __name__ == "__main__":
-    if sharding.ray_address() is None:
-        sys.exit(f"flows.ray_runner: set {sharding.RAY_ADDRESS} to the cluster's address")
+    if launch.ray_address() is None:
+        sys.exit(f"flows.ray_runner: set {launch.RAY_ADDRESS} to the cluster's address")
     state = pipeline_on_ray(families=sys.argv[1:] or None, return_state=True)
     ray.shutdown()
     sys.exit(0 if state.is_completed() else 1)

@@ -162,8 +162,8 @@ def shard(stage: str, family: str, params_path: Path, index: int, count: int, fi
     """Do one share of a stage's rows and leave them in the resume state; prints rates and costs as JSON."""
     import json
 
-    from specflow.sharding import end_with_parent
-    from specflow.shares import Share
+    from specflow.sharding.launch import end_with_parent
+    from specflow.sharding.shares import Share
     from specflow.stage import exit_on_sigterm, run_share
 
     exit_on_sigterm()

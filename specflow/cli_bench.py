@@ -117,8 +117,8 @@ def bench_command(summary: str, params_option: Command, parent_option: Command) 
 def bench_worker(folder: Path, index: int, count: int, first: bool) -> None:
     """Measure one share of the questions of the benchmark in FOLDER; prints costs as JSON. Ends with its parent."""
     from specflow.bench.command import work_on
-    from specflow.sharding import end_with_parent
-    from specflow.shares import Share
+    from specflow.sharding.launch import end_with_parent
+    from specflow.sharding.shares import Share
     from specflow.stage import exit_on_sigterm
 
     exit_on_sigterm()

@@ -15,13 +15,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from specflow import files, sharding
+from specflow import files
 from specflow.config import Family, Params, load_params
 from specflow.errors import RetryableError, UserError
 from specflow.gpus import leases
 from specflow.gpus.resources import stage_resources
 from specflow.paths import Paths
-from specflow.shares import Share
+from specflow.sharding import launch
+from specflow.sharding.shares import Share
 
 STAGES = {
     "fetch": ("specflow.targets.fetch", "run"),
@@ -68,13 +69,13 @@ def run_stage(stage: str, name: str, params_path: Path, *, parent_run_id: str | 
     family = params.family(name)
     check_listed(stage, name, params)
     configure_logging()
-    resources = sharding.split(stage, name, stage_resources(paths.root, stage, family))
-    with leases.lease(sharding.own_devices(resources), f"{stage}@{name}", allow_cpu=family.allow_cpu) as lease:
+    resources = launch.split(stage, name, stage_resources(paths.root, stage, family))
+    with leases.lease(launch.own_devices(resources), f"{stage}@{name}", allow_cpu=family.allow_cpu) as lease:
         from specflow.tracking import record
 
         run_function = _load(*STAGES[stage])
         if resources.shards > 1:
-            run_function = sharding.over_shares(stage, run_function, params_path, resources)
+            run_function = launch.over_shares(stage, run_function, run_share, params_path, resources)
         with record.stage_run(stage, name, params, paths, parent_run_id=parent_run_id) as run:
             started = time.perf_counter()
             with _out_of_memory_explained(stage, name, family, lease):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from specflow import files, sharding
+from specflow import files
 from specflow.bench import measuring
 from specflow.bench.job import Job, check_same, read_job
 from specflow.bench.options import make_job, num_workers
@@ -21,7 +21,8 @@ from specflow.bench.table import table
 from specflow.errors import UserError
 from specflow.gpus import leases
 from specflow.gpus.resources import Resources
-from specflow.shares import MERGE, WHOLE, Share, delete_logs
+from specflow.sharding import launch
+from specflow.sharding.shares import MERGE, WHOLE, Share, delete_logs
 from specflow.stage import configure_logging, quieten_transformers
 
 logger = logging.getLogger("specflow")
@@ -71,8 +72,8 @@ def _over_workers(job: Job, folder: Path, workers: int) -> measuring.Measured:
     shares = [Share(index, workers) for index in range(workers)]
     what = f"bench@{job.name}"
     logger.info("%s: %d workers", what, workers)
-    sharding.run_processes(what, shares[:1], lambda share: [*words, "0", "--first"])
-    sharding.run_processes(what, shares, lambda share: [*words, str(share.index)])
+    launch.run_processes(what, shares[:1], lambda share: [*words, "0", "--first"])
+    launch.run_processes(what, shares, lambda share: [*words, str(share.index)])
     return measuring.measure(job, MERGE)
 
 

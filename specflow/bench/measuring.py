@@ -40,7 +40,7 @@ from specflow.drafters.inference import decoding_dtype, prepare
 from specflow.errors import UserError
 from specflow.export.eagle3 import check_export, load_export
 from specflow.export.imports import read_draft
-from specflow.shares import MERGE, WHOLE, Share, only_key, open_log
+from specflow.sharding.shares import MERGE, WHOLE, Share, only_key, open_log
 from specflow.targets.attention import optimise_for_inference
 from specflow.targets.cached import CachedTarget
 from specflow.targets.model import load_model, load_tokenizer

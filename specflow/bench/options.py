@@ -14,8 +14,8 @@ from specflow.bench.job import Job, assistant_folder, with_digests
 from specflow.bench.settings import HELDOUT, Bench, DynamicTree
 from specflow.config import Family, Params, Target, load_params
 from specflow.errors import UserError
+from specflow.gpus.nvml import has_gpus
 from specflow.paths import Paths
-from specflow.sharding import has_gpus
 from specflow.sources import resolve
 from specflow.stage import family_paths
 from specflow.targets.model import TargetFacts, read_facts

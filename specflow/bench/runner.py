@@ -24,7 +24,7 @@ from specflow.data.template import Message
 from specflow.decoding.generate import Drafter, Generation, generate
 from specflow.decoding.known import KnownAnswerDrafter
 from specflow.files import RowLog, sha256_json
-from specflow.shares import MERGE, WHOLE, Share
+from specflow.sharding.shares import MERGE, WHOLE, Share
 from specflow.targets.cached import CachedTarget
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from specflow.bench.served_client import Request
 from specflow.config import Family, Params
 from specflow.errors import UserError
 from specflow.paths import Log, Paths
-from specflow.shares import WHOLE, Share, delete_logs
+from specflow.sharding.shares import WHOLE, Share, delete_logs
 from specflow.targets.model import read_facts
 
 

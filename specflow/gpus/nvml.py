@@ -113,6 +113,14 @@ def my_devices() -> list[Device]:
     return visible_devices(inventory(), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
+def has_gpus() -> bool:
+    """Whether this process may use any device."""
+    try:
+        return bool(my_devices())
+    except NoGpus:
+        return False
+
+
 def visible_setting(chosen: Sequence[Device], devices: Sequence[Device]) -> str:
     """CUDA_VISIBLE_DEVICES for `chosen` out of all `devices`, read under CUDA_DEVICE_ORDER=PCI_BUS_ID.
 

@@ -30,7 +30,7 @@ from specflow.hidden_states import (
     ShardWriter,
     bytes_per_token,
 )
-from specflow.shares import WHOLE, Share
+from specflow.sharding.shares import WHOLE, Share
 from specflow.targets import vllm_capture
 from specflow.targets.capture import SampleRow, StateCapture, plan_batches, resolve_aux_layer_ids, select_rows
 from specflow.targets.model import TargetFacts, load_model, read_facts

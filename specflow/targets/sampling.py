@@ -18,7 +18,7 @@ from tqdm import tqdm
 from specflow.data import template
 from specflow.errors import UserError
 from specflow.files import RowLog, read_jsonl, sha256_file, sha256_json, write_jsonl
-from specflow.shares import WHOLE, Share, delete_logs, open_log
+from specflow.sharding.shares import WHOLE, Share, delete_logs, open_log
 from specflow.targets import generation, served
 from specflow.targets.dialogue import Conversation, Turns
 from specflow.targets.model import TargetFacts, load_model, load_tokenizer, read_facts

@@ -13,15 +13,7 @@ import pytest
 from specflow.gpus import nvml
 from specflow.gpus.nvml import GB
 
-
-def has_gpu() -> bool:
-    try:
-        return bool(nvml.my_devices())
-    except nvml.NoGpus:
-        return False
-
-
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not has_gpu(), reason="needs an NVIDIA GPU that NVML knows")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not nvml.has_gpus(), reason="needs an NVIDIA GPU that NVML knows")]
 
 LEASED = """
 import json, logging, sys, time

@@ -14,7 +14,7 @@ from specflow.config import Family, Params
 from specflow.errors import UserError
 from specflow.files import write_jsonl
 from specflow.paths import Paths
-from specflow.shares import MERGE, Share
+from specflow.sharding.shares import MERGE, Share
 from tests.bench_project import make_bench_project, without_times
 
 Project = tuple[Params, Paths]

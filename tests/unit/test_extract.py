@@ -9,7 +9,7 @@ import torch
 
 from specflow.errors import UserError
 from specflow.hidden_states import Expected, HiddenStateStore
-from specflow.shares import MERGE, Share
+from specflow.sharding.shares import MERGE, Share
 from specflow.targets import extract
 from specflow.targets.model import load_model
 from tests.captures import tiny_project, write_split

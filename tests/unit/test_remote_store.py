@@ -15,7 +15,7 @@ from specflow import remote_store
 from specflow.config import parse_params
 from specflow.errors import RetryableError, UserError
 from specflow.hidden_states import HiddenStateStore
-from specflow.shares import MERGE, Share
+from specflow.sharding.shares import MERGE, Share
 from specflow.targets import extract
 from tests.captures import TinyProject, tiny_project, write_split
 from tests.toys import make_tiny_target

@@ -11,7 +11,7 @@ from scipy import stats
 from specflow.data import template
 from specflow.errors import UserError
 from specflow.files import read_jsonl
-from specflow.shares import MERGE, Share
+from specflow.sharding.shares import MERGE, Share
 from specflow.targets import dialogue, generation, sampling
 from specflow.targets.model import load_model, load_tokenizer
 from tests.captures import tiny_project, write_split

@@ -12,7 +12,7 @@ from specflow.data import template
 from specflow.errors import RetryableError, UserError
 from specflow.files import RowLog, read_jsonl
 from specflow.serving import client as client_module
-from specflow.shares import MERGE, Share
+from specflow.sharding.shares import MERGE, Share
 from specflow.targets import sampling
 from specflow.targets.dialogue import Conversation, Turns
 from specflow.targets.model import load_tokenizer

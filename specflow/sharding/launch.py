@@ -17,14 +17,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from specflow.errors import RetryableError, UserError
-from specflow.shares import MERGE, Share
-
-if TYPE_CHECKING:
-    from specflow.gpus.resources import Resources
+from specflow.gpus.nvml import has_gpus
+from specflow.gpus.resources import Resources
+from specflow.sharding.shares import MERGE, Share
 
 SHARDED = {"sample": False, "extract": False, "bench": True}
 """Stages that can be split by row, and whether something is measured once before the shares."""
@@ -40,6 +40,7 @@ POLL_S = 0.1
 
 logger = logging.getLogger("specflow")
 Stage = Callable[..., dict[str, float]]
+RunShare = Callable[..., dict[str, float]]
 
 
 def split(stage: str, name: str, resources: Resources) -> Resources:
@@ -58,16 +59,17 @@ def split(stage: str, name: str, resources: Resources) -> Resources:
 
 def own_devices(resources: Resources) -> Resources:
     """What the coordinating process itself leases: nothing where shares do the work. Nothing is hidden from them."""
-    from specflow.gpus.resources import Resources
-
     return resources if resources.shards == 1 else Resources(shards=resources.shards)
 
 
-def over_shares(stage: str, run: Stage, params_path: Path, resources: Resources) -> Stage:
-    """The stage function `run`, its rows first done by shares. Metrics: rates and costs summed over the shares."""
+def over_shares(stage: str, run: Stage, run_share: RunShare, params_path: Path, resources: Resources) -> Stage:
+    """The stage function `run`, its rows first done by shares. Metrics: rates and costs summed over the shares.
+
+    A process of this machine does a share by `specflow shard`, a Ray worker by `run_share`, which is the same.
+    """
 
     def split_run(name: str, family: Any, params: Any, paths: Any, log: Any) -> dict[str, float]:
-        launch = _on_ray if ray_address() else _as_processes
+        launch = partial(_on_ray, run_share) if ray_address() else _as_processes
         shares = [Share(index, resources.shards) for index in range(resources.shards)]
         where = f"Ray at {ray_address()}" if ray_address() else "this machine"
         logger.info("%s@%s: %d shares on %s", stage, name, len(shares), where)
@@ -95,15 +97,6 @@ def combine(results: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def ray_address() -> str | None:
     return os.environ.get(RAY_ADDRESS) or None
-
-
-def has_gpus() -> bool:
-    from specflow.gpus import nvml
-
-    try:
-        return bool(nvml.visible_devices(nvml.inventory(), os.environ.get("CUDA_VISIBLE_DEVICES")))
-    except nvml.NoGpus:
-        return False
 
 
 def _as_processes(
@@ -192,7 +185,14 @@ def end_with_parent() -> None:
 
 
 def _on_ray(
-    stage: str, name: str, params_path: Path, shares: Sequence[Share], resources: Resources, *, first: bool
+    run_share: RunShare,
+    stage: str,
+    name: str,
+    params_path: Path,
+    shares: Sequence[Share],
+    resources: Resources,
+    *,
+    first: bool,
 ) -> list[dict[str, float]]:
     """Run shares as Ray tasks, which take `gpus` each; Ray starts those of a lost worker or node again elsewhere.
 
@@ -210,7 +210,7 @@ def _on_ray(
     try:
         waiting = [
             task.options(name=f"{stage}@{name} {share.name}").remote(
-                folder, stage, name, str(params_path), share.index, share.count, first
+                run_share, folder, stage, name, str(params_path), share.index, share.count, first
             )
             for share in shares
         ]
@@ -231,11 +231,9 @@ def _on_ray(
 
 
 def _ray_share(
-    folder: str, stage: str, name: str, params_path: str, index: int, count: int, first: bool
+    run_share: RunShare, folder: str, stage: str, name: str, params_path: str, index: int, count: int, first: bool
 ) -> dict[str, float]:
     if index:
         os.environ["TQDM_DISABLE"] = "1"  # one bar stands for all
-    from specflow.stage import run_share
-
     os.chdir(folder)
     return run_share(stage, name, Path(params_path), Share(index, count), first=first)

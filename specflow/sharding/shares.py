@@ -1,7 +1,7 @@
 """Which rows of a stage one process does, where several share it (`families.F.resources.<stage>.shards`).
 
 A share leaves its finished rows in the resume state, under its own name; the stage itself then finds them there, as if
-it had been killed and resumed, and writes its outputs. What starts the processes is `sharding.py`'s.
+it had been killed and resumed, and writes its outputs. What starts the processes is `launch.py`'s.
 """
 
 from __future__ import annotations
