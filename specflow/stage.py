@@ -152,7 +152,7 @@ def run_report(params_path: Path, *, parent_run_id: str | None = None) -> None:
     all_paths = {name: family_paths(name, params) for name in listed_families(params)}
     if not all_paths:
         raise UserError("nothing to report: params.yaml lists no family in offline or online")
-    _load("specflow.bench.report", "run_report")(params, all_paths)
+    _load("specflow.report.stage", "run_report")(params, all_paths)
     for name, paths in all_paths.items():
         with record.stage_run("report", name, params, paths, parent_run_id=parent_run_id) as run:
             run.finish({})

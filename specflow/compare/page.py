@@ -7,10 +7,10 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from specflow.bench import figures
 from specflow.compare.command import HEADER, Entry, differing_params, measured_under, row, unlike
 from specflow.files import write_text
-from specflow.page import environment, figure
+from specflow.pages import charts
+from specflow.pages.page import environment, figure
 
 INTERVALS = {
     "bench/speedup": ("speedup over the target alone", "Speedup and its interval"),
@@ -61,13 +61,13 @@ def draw(entries: Sequence[Entry]) -> list[Markup]:
         ]
         if rows:
             reference = 1.0 if key == "bench/speedup" else None
-            drawn.append(figure(figures.intervals(rows, label, reference=reference), title))
+            drawn.append(figure(charts.intervals(rows, label, reference=reference), title))
     if survival := {entry.label: entry.survival for entry in entries if entry.survival}:
-        drawn.append(figure(figures.survival(survival), "Survival by position"))
+        drawn.append(figure(charts.survival(survival), "Survival by position"))
     for key, (label, form, title) in BARS.items():
         if values := _values(entries, key):
             domain = (0.0, 1.14) if form.endswith("%") else None
-            drawn.append(figure(figures.bars(values, label, form, domain=domain), title))
+            drawn.append(figure(charts.bars(values, label, form, domain=domain), title))
     return drawn
 
 

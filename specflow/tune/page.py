@@ -8,8 +8,7 @@ from typing import Any
 import altair as alt
 from markupsafe import Markup
 
-from specflow import page
-from specflow.bench import figures
+from specflow.pages import charts, page
 from specflow.tune.candidates import Prediction
 from specflow.tune.findings import Found, Measured
 
@@ -83,7 +82,7 @@ def speed_chart(found: Found) -> alt.LayerChart:
         ("length", "acceptance length", ".2f"),
         ("speedup", "speedup", ".2f"),
     ]
-    drawn = figures.lines(
+    drawn = charts.lines(
         rows,
         "steps (most drafted tokens on a path)",
         "tokens/s",

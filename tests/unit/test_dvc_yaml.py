@@ -53,7 +53,7 @@ def test_params_exist_in_the_schema_and_in_params_yaml(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*STAGES, "report"])
 def test_code_dependencies_are_what_the_stage_imports(name: str) -> None:
-    module = STAGES[name][0] if name in STAGES else "specflow.bench.report"
+    module = STAGES[name][0] if name in STAGES else "specflow.report.stage"
     declared = {dep for dep in dvc_stages()[name]["deps"] if dep.startswith("specflow/")}
     python = {file for dep in declared for file in _python_files(ROOT / dep)}
     imported = _imports(module) - EVERYWHERE

@@ -16,10 +16,10 @@ import vl_convert
 
 from specflow import files
 from specflow.bench.records import Record
-from specflow.bench.report import run_report
 from specflow.errors import UserError
-from specflow.page import VEGA_LITE
+from specflow.pages.page import VEGA_LITE
 from specflow.paths import Paths
+from specflow.report.stage import run_report
 from tests.measurements import make_records, make_summary, tuning, write_family
 
 NO_PARAMS: Any = None

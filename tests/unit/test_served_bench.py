@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from specflow.bench import report, served, served_stage
+from specflow.bench import served, served_stage
 from specflow.bench.records import Record
 from specflow.bench.served import WARM_UP_TOKENS, Plan
 from specflow.bench.served_client import Request
@@ -28,6 +28,7 @@ from specflow.errors import UserError
 from specflow.export.eagle3 import save_export
 from specflow.files import RowLog, write_json
 from specflow.paths import Paths
+from specflow.report.stage import run_report
 from specflow.targets.fetch import read_checkpoint
 from specflow.targets.model import read_facts
 from tests.toys import make_project_inputs, tiny_params
@@ -367,7 +368,7 @@ def test_the_report_shows_it(made: tuple[Params, Paths], pair: Pair, tmp_path: P
     write_family(plan.paths)
     write_json(plan.paths.metrics("train_offline"), {"survival_1": 1.0, "survival_2": 0.9})
     found = served_stage.run(plan, made[0], in_process(), plan.paths.bench)
-    report.run_report(made[0], {"tiny": plan.paths})
+    run_report(made[0], {"tiny": plan.paths})
     html, markdown = ((plan.paths.report / f"tiny.{kind}").read_text(encoding="utf-8") for kind in ("html", "md"))
     for text in (html, markdown):
         assert found["verdict"] in text and "served 2.50" in re.sub("</?strong>", "", text)

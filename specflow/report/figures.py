@@ -7,10 +7,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from specflow.bench import figures
-from specflow.page import figure
+from specflow.pages import charts
+from specflow.pages.page import figure
 
-SIDES = {"draft": figures.DRAFT, "baseline": figures.ALONE}
+SIDES = {"draft": charts.DRAFT, "baseline": charts.ALONE}
 LATENCY_POINTS = 100
 Family = Mapping[str, Any]
 
@@ -26,22 +26,22 @@ def _acceptance(found: Family) -> Iterator[tuple[str, Markup]]:
         yield (
             "category",
             figure(
-                figures.by_category(rows),
+                charts.by_category(rows),
                 "Acceptance length by category",
                 "Tokens emitted per verification step, from 1 (no draft accepted) on.",
             ),
         )
     curves = {name: result["survival"] for name, result in sets.items() if result["survival"]}
     if found["eval_survival"]:
-        curves[figures.TRAINED] = found["eval_survival"]
+        curves[charts.TRAINED] = found["eval_survival"]
     if curves:
         caption = "Share of steps in which the first i drafted tokens were all accepted."
         if found["eval_survival"]:
             caption += " Dashed: training's own evaluation."
-        yield "survival", figure(figures.survival(curves), "Survival by position", caption)
+        yield "survival", figure(charts.survival(curves), "Survival by position", caption)
     if found["overall"].get("histogram"):
         caption = f"All prompt sets; {summary['overall']['num_steps']:,} steps.".replace(",", " ")
-        yield "histogram", figure(figures.histogram(found["overall"]["histogram"]), "Tokens per step", caption)
+        yield "histogram", figure(charts.histogram(found["overall"]["histogram"]), "Tokens per step", caption)
 
 
 def _by_category(sets: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -61,7 +61,7 @@ def _by_category(sets: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _speed(found: Family) -> Iterator[tuple[str, Markup]]:
     summary = found["summary"]
-    if rows := _intervals(found["rows"], "speedup", figures.DRAFT):
+    if rows := _intervals(found["rows"], "speedup", charts.DRAFT):
         rows += [
             {"name": name, "engine": "n-gram lookup", "value": row["speedup"], "low": None, "high": None}
             for name, result in found["rows"].items()
@@ -70,13 +70,13 @@ def _speed(found: Family) -> Iterator[tuple[str, Markup]]:
         caption = "With its 95 % interval. An interval that includes 1 (dashed) decides nothing."
         yield (
             "speedup",
-            figure(figures.intervals(rows, "speedup over the target alone"), "Speedup by prompt set", caption),
+            figure(charts.intervals(rows, "speedup over the target alone"), "Speedup by prompt set", caption),
         )
     if summary.get("sweep"):
         yield (
             "sweep",
             figure(
-                figures.sweep(summary["sweep"], summary["num_speculative_tokens"]),
+                charts.sweep(summary["sweep"], summary["num_speculative_tokens"]),
                 "Speedup by number of drafted tokens",
                 "On held-out prompts, which are left out of the benchmark. The ring marks the K that was taken.",
             ),
@@ -87,15 +87,15 @@ def _speed(found: Family) -> Iterator[tuple[str, Markup]]:
     if bounds := {row["label"]: row["speedup"] for row in found["references"] if row["speedup"] is not None}:
         speeds = {"the draft": found["overall"]["speedup"], **bounds}
         speeds = dict(sorted(speeds.items(), key=lambda item: item[1]))
-        chart = figures.bars(speeds, "speedup over the target alone", ".2f", of_note="the draft")
+        chart = charts.bars(speeds, "speedup over the target alone", ".2f", of_note="the draft")
         yield "references", figure(chart, "The draft between its bounds")
     if batch := summary.get("batch"):
         rows = [
             {"series": label, "x": row["batch_size"], "y": row[key], "speedup": row["speedup"]}
-            for key, label in (("tok_s", figures.DRAFT), ("baseline_tok_s", figures.ALONE))
+            for key, label in (("tok_s", charts.DRAFT), ("baseline_tok_s", charts.ALONE))
             for row in batch
         ]
-        chart = figures.lines(
+        chart = charts.lines(
             rows,
             "requests in a batch",
             "tok/s in all",
@@ -111,7 +111,7 @@ def _speed(found: Family) -> Iterator[tuple[str, Markup]]:
         yield "verify", figure(_verify(model), "Verifying n tokens", VERIFY_CAPTION.format(model["context"]))
 
 
-def _tuned(tune: Mapping[str, Any]) -> figures.Chart:
+def _tuned(tune: Mapping[str, Any]) -> charts.Chart:
     """Of predictions the fastest at each depth and number of branches; the draft's whole vocabulary alone."""
 
     def row(candidate: Mapping[str, Any], speedup: float) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _tuned(tune: Mapping[str, Any]) -> figures.Chart:
         for m in [*tune["searched"], *tune["confirmed"]]
         if m["draft_vocab_size"] is None
     }
-    return figures.tuned([best[key] for key in sorted(best)], list(measured.values()))
+    return charts.tuned([best[key] for key in sorted(best)], list(measured.values()))
 
 
 LATENCY_CAPTION = "Share of the requests that are answered at this pace or faster; batch 1, in process."
@@ -152,18 +152,18 @@ def _intervals(rows: Mapping[str, Any], key: str, engine: str) -> list[dict[str,
     ]
 
 
-def _latency(engines: Sequence[Mapping[str, Any]]) -> figures.Chart:
+def _latency(engines: Sequence[Mapping[str, Any]]) -> charts.Chart:
     """Cumulative share of requests over their time per token."""
     rows = []
-    for engine in sorted(engines, key=lambda engine: engine["engine"] == figures.ALONE):
+    for engine in sorted(engines, key=lambda engine: engine["engine"] == charts.ALONE):
         times = engine["tpots_ms"]
         step = max(1, len(times) // LATENCY_POINTS)
         kept = sorted({*range(0, len(times), step), len(times) - 1}) if times else []
         rows += [{"series": engine["engine"], "x": round(times[i], 3), "y": (i + 1) / len(times)} for i in kept]
-    return figures.lines(rows, "ms per token", "share of requests", percent=True, points=False)
+    return charts.lines(rows, "ms per token", "share of requests", percent=True, points=False)
 
 
-def _parts(cost: Mapping[str, Any]) -> figures.Chart:
+def _parts(cost: Mapping[str, Any]) -> charts.Chart:
     """Milliseconds per emitted token: a plain step, and a step with the draft over its acceptance length."""
     length, share = cost["acceptance_length"] or 1.0, cost["outside_share"] or 0.0
     inside = (cost["t_draft_ms"] or 0.0) + (cost["t_verify_ms"] or 0.0)
@@ -172,14 +172,14 @@ def _parts(cost: Mapping[str, Any]) -> figures.Chart:
         "verifying": cost["t_verify_ms"],
         "outside the models": inside * share / (1.0 - share) if share < 1.0 else 0.0,
     }
-    rows = [{"name": figures.ALONE, "part": figures.PLAIN, "value": cost["t_target_ms"]}]
-    rows += [{"name": figures.DRAFT, "part": name, "value": (ms or 0.0) / length} for name, ms in parts.items()]
-    return figures.stacked([row for row in rows if row["value"] is not None], "ms per token")
+    rows = [{"name": charts.ALONE, "part": charts.PLAIN, "value": cost["t_target_ms"]}]
+    rows += [{"name": charts.DRAFT, "part": name, "value": (ms or 0.0) / length} for name, ms in parts.items()]
+    return charts.stacked([row for row in rows if row["value"] is not None], "ms per token")
 
 
-def _verify(model: Mapping[str, Any]) -> figures.Chart:
+def _verify(model: Mapping[str, Any]) -> charts.Chart:
     rows = [{"series": "verify", "x": int(n), "y": ms} for n, ms in model["verify_ms"].items()]
-    return figures.lines(rows, "tokens verified at once", "ms", log2=True, from_zero=True, reference=model["target_ms"])
+    return charts.lines(rows, "tokens verified at once", "ms", log2=True, from_zero=True, reference=model["target_ms"])
 
 
 def _served(found: Family) -> Iterator[tuple[str, Markup]]:
@@ -191,7 +191,7 @@ def _served(found: Family) -> Iterator[tuple[str, Markup]]:
         for side, label in SIDES.items()
         for level in levels
     ]
-    chart = figures.lines(rows, "requests in flight", "output tok/s", log2=True, from_zero=True)
+    chart = charts.lines(rows, "requests in flight", "output tok/s", log2=True, from_zero=True)
     yield "served_throughput", figure(chart, "Throughput by concurrency", "Output tokens per second over all requests.")
     rows = [
         {"series": label, "x": level[side]["user_tok_s"], "y": level[side]["tok_s"], "at": level["concurrency"]}
@@ -203,7 +203,7 @@ def _served(found: Family) -> Iterator[tuple[str, Markup]]:
         caption = (
             "What one request gets against what the server gives in all, by requests in flight. Up and right is better."
         )
-        yield "served_users", figure(figures.users(rows), "Per user against in all", caption)
+        yield "served_users", figure(charts.users(rows), "Per user against in all", caption)
     rows = [
         {"series": f"{label}, {rank}", "x": level["concurrency"], "y": level[side]["tpot_ms"][rank]}
         for side, label in SIDES.items()
@@ -212,7 +212,7 @@ def _served(found: Family) -> Iterator[tuple[str, Markup]]:
         if level[side]["tpot_ms"][rank] is not None
     ]
     if rows:
-        chart = figures.lines(
+        chart = charts.lines(
             rows,
             "requests in flight",
             "TPOT, ms",
@@ -229,12 +229,12 @@ def _served(found: Family) -> Iterator[tuple[str, Markup]]:
 
 def _training(found: Family) -> Iterator[tuple[str, Markup]]:
     if found["training"]:
-        yield "training", figure(figures.training(found["training"]), "Training loss", "By step of training-time test.")
+        yield "training", figure(charts.training(found["training"]), "Training loss", "By step of training-time test.")
     if found["evals"]:
         caption = "On held-out answers; the best evaluation's weights are kept."
-        yield "eval", figure(figures.evals(found["evals"]), "Expected acceptance length", caption)
+        yield "eval", figure(charts.evals(found["evals"]), "Expected acceptance length", caption)
     if found["coverage"]:
-        chart = figures.bars(found["coverage"], "", ".1%", domain=(0, 1.14))
+        chart = charts.bars(found["coverage"], "", ".1%", domain=(0, 1.14))
         caption = "Share of answer tokens that the draft vocabulary holds: what it lacks can never be drafted."
         yield "coverage", figure(chart, "Draft vocabulary coverage", caption)
 
@@ -249,9 +249,9 @@ def overview(families: Sequence[Family]) -> dict[str, Markup]:
             caption = "With 95 % intervals." + (
                 " Dashed: as fast as without a draft." if one else " 1: nothing accepted."
             )
-            drawn[key] = figure(figures.intervals(rows, label, reference=1.0 if one else None), title, caption)
+            drawn[key] = figure(charts.intervals(rows, label, reference=1.0 if one else None), title, caption)
     if curves := {f["name"]: f["overall"]["survival"] for f in families if f["overall"]["survival"]}:
-        drawn["survival"] = figure(figures.survival(curves), "Survival by position", "All prompt sets of each family.")
+        drawn["survival"] = figure(charts.survival(curves), "Survival by position", "All prompt sets of each family.")
     rows = [
         {
             "series": f["name"],
@@ -264,7 +264,7 @@ def overview(families: Sequence[Family]) -> dict[str, Markup]:
     ]
     if rows:
         told = [("acceptance_length", "acceptance length", ".2f")]
-        chart = figures.lines(rows, "drafted tokens K", "speedup", whole=True, reference=1.0, tooltip=told)
+        chart = charts.lines(rows, "drafted tokens K", "speedup", whole=True, reference=1.0, tooltip=told)
         drawn["sweep"] = figure(chart, "Speedup by number of drafted tokens", "On held-out prompts.")
     rows = [
         {"series": f["name"], "x": level["concurrency"], "y": level["speedup"]}
@@ -273,10 +273,10 @@ def overview(families: Sequence[Family]) -> dict[str, Markup]:
         for level in f["served"]["levels"]
     ]
     if rows:
-        chart = figures.lines(rows, "requests in flight", "speedup", log2=True, reference=1.0)
+        chart = charts.lines(rows, "requests in flight", "speedup", log2=True, reference=1.0)
         drawn["served"] = figure(chart, "Speedup through a server", "Output tok/s with the draft over those without.")
     spent = {f["name"]: f["spent"]["total"]["seconds"] / 60 for f in families if f["spent"]["total"]["seconds"]}
     if spent:
-        chart = figures.bars(spent, "minutes", ",.1f")
+        chart = charts.bars(spent, "minutes", ",.1f")
         drawn["spent"] = figure(chart, "Time of all stages", "From fetching the target to this benchmark.")
     return drawn

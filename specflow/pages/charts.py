@@ -8,7 +8,7 @@ from typing import Any
 
 import altair as alt
 
-from specflow.page import AXIS, SERIES
+from specflow.pages.page import AXIS, SERIES
 
 MAX_POINTS = 120
 """Of a line: more than a column of a page can show."""

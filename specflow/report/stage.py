@@ -12,14 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from specflow.bench import figures, report_figures
 from specflow.bench.records import BASELINE, DRAFT, Record, by_engine
 from specflow.bench.served_metrics import latencies
 from specflow.config import STAGE_NAMES, Params
 from specflow.errors import UserError
 from specflow.files import atomic_path, read_json
-from specflow.page import environment, tone
+from specflow.pages import charts
+from specflow.pages.page import environment, tone
 from specflow.paths import Paths
+from specflow.report import figures
 
 OVERVIEW = "report"
 """Name of the page across families, which no family may have."""
@@ -35,7 +36,7 @@ REFERENCES = {
     "assistant": ("assistant model", "an independent small model with the same tokenizer"),
 }
 """Reference rows: their name, and what they bound."""
-ENGINES = {DRAFT: figures.DRAFT, BASELINE: figures.ALONE}
+ENGINES = {DRAFT: charts.DRAFT, BASELINE: charts.ALONE}
 
 
 def run_report(params: Params, all_paths: dict[str, Paths]) -> None:
@@ -43,16 +44,16 @@ def run_report(params: Params, all_paths: dict[str, Paths]) -> None:
     if clash := [name for name in all_paths if name.lower() == OVERVIEW]:
         raise UserError(f"a family cannot be called {clash[0]!r}, which is the page across families: rename it")
     families = [_family(name, paths) for name, paths in all_paths.items()]
-    drawn = report_figures.overview(families)
+    drawn = figures.overview(families)
     pages = {OVERVIEW: {"families": families, "differences": _differences(families), "figures": drawn}}
-    pages |= {family["name"]: {"family": family, "figures": report_figures.family(family)} for family in families}
+    pages |= {family["name"]: {"family": family, "figures": figures.family(family)} for family in families}
     folder = next(iter(all_paths.values())).report
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True)
         for name, context in pages.items():
             template = "overview" if name == OVERVIEW else "family"
             for kind in ("html", "md"):
-                text = environment().get_template(f"bench/templates/{template}.{kind}.j2").render(context)
+                text = environment().get_template(f"report/templates/{template}.{kind}.j2").render(context)
                 (temporary / f"{name}.{kind}").write_text(text.rstrip() + "\n", encoding="utf-8")
 
 
