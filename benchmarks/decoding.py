@@ -40,8 +40,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.generation import candidate_generator
 
 from specflow.bench.identity import cpu_model, draft_digest, git_commit
-from specflow.bench.served_client import Asking, Request, run_block
-from specflow.bench.served_metrics import vllm_steps
+from specflow.bench.served.client import Asking, Request, run_block
+from specflow.bench.served.metrics import vllm_steps
 from specflow.config import Params, load_params
 from specflow.data.prompt_sets import read_prompt_set
 from specflow.data.template import encode, render

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from specflow import __version__
-from specflow.cli_bench import bench_command, bench_worker
+from specflow.bench.cli import bench_command, bench_worker
 from specflow.errors import RetryableError, UserError
 
 SUMMARIES = {
@@ -268,7 +268,7 @@ def tune(family: str, params_path: Path, **options: Any) -> None:
 @params_option
 def bench_served(family: str, params_path: Path, **options: Any) -> None:
     """Measure FAMILY through servers with and without its draft, and print a table; changes no artifact."""
-    from specflow.bench.served_look import look
+    from specflow.bench.served.command import look
     from specflow.stage import exit_on_sigterm, load_project
 
     params, paths = load_project(params_path, family)

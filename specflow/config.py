@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from specflow.bench.settings import HELDOUT, TREE_KINDS, Bench
+from specflow.config_bench import HELDOUT, TREE_KINDS, Bench
 from specflow.errors import UserError
 from specflow.schema import Count, Fraction, NonNegative, Positive, Section, Seed
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specflow.bench.records import Record
+from specflow.bench.statistics.records import Record
 
 
 def record(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from specflow import files
-from specflow.bench.records import Record
-from specflow.bench.summary import summary_of
+from specflow.bench.statistics.records import Record
+from specflow.bench.statistics.summary import summary_of
 from specflow.files import sha256_bytes
 from specflow.paths import Paths
 

@@ -7,8 +7,8 @@ import random
 from typing import Any
 
 from specflow import files
-from specflow.bench.records import Record
-from specflow.bench.summary import summary_of
+from specflow.bench.statistics.records import Record
+from specflow.bench.statistics.summary import summary_of
 from specflow.paths import Paths
 
 K = 3

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from specflow.bench.metrics import divergence
+from specflow.bench.statistics.metrics import divergence
 from specflow.decoding.batch import BatchChainDrafter, generate_batch
 from specflow.decoding.generate import Generation, clock_of
 from specflow.decoding.sampling import Sampling

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from specflow.bench.settings import DynamicTree
+from specflow.config_bench import DynamicTree
 from specflow.decoding.chain import ChainDrafter
 from specflow.decoding.eagle3 import Eagle3Session
 from specflow.decoding.generate import clock_of

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from specflow import files
 from specflow.bench.identity import draft_digest
-from specflow.bench.settings import HELDOUT, Bench
 from specflow.config import Family, Params, Target
+from specflow.config_bench import HELDOUT, Bench
 from specflow.errors import UserError
 from specflow.paths import Paths
 from specflow.schema import Section

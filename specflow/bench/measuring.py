@@ -17,17 +17,17 @@ import torch
 
 from specflow import files
 from specflow.bench import batched
-from specflow.bench.accuracy import accuracy, check_scorable
 from specflow.bench.costs import measure_costs
-from specflow.bench.drift import machine_load, most_at_once
 from specflow.bench.identity import identity
 from specflow.bench.job import Job, differences
 from specflow.bench.questions import Sets, cache_length, load_questions, prompt_tokens
-from specflow.bench.records import Record
 from specflow.bench.runner import Engine, Runner, sweep
-from specflow.bench.settings import DynamicTree
+from specflow.bench.scoring.accuracy import accuracy, check_scorable
+from specflow.bench.statistics.drift import machine_load, most_at_once
+from specflow.bench.statistics.records import Record
+from specflow.bench.statistics.summary import summary_of
 from specflow.bench.stock import over_stock, stock_prompts, time_stock_generate
-from specflow.bench.summary import summary_of
+from specflow.config_bench import DynamicTree
 from specflow.data.prompt_sets import Question
 from specflow.decoding.chain import ChainDrafter
 from specflow.decoding.eagle3 import Eagle3Session

@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from specflow.bench.job import Job, assistant_folder, with_digests
-from specflow.bench.settings import HELDOUT, Bench, DynamicTree
 from specflow.config import Family, Params, Target, load_params
+from specflow.config_bench import HELDOUT, Bench, DynamicTree
 from specflow.errors import UserError
 from specflow.gpus.nvml import has_gpus
 from specflow.paths import Paths

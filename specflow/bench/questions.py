@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from specflow import files
 from specflow.bench.job import Job
-from specflow.bench.settings import HELDOUT, Bench
+from specflow.config_bench import HELDOUT, Bench
 from specflow.data.prompt_sets import Question, read_prompt_set
 from specflow.data.template import Message, encode, render
 from specflow.decoding.generate import check_fits

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from specflow.bench.metrics import acceptance, speedup, tok_s
 from specflow.bench.questions import prompt_tokens
-from specflow.bench.records import Record, paired, record_key
-from specflow.bench.settings import Bench
+from specflow.bench.statistics.metrics import acceptance, speedup, tok_s
+from specflow.bench.statistics.records import Record, paired, record_key
+from specflow.config_bench import Bench
 from specflow.data.prompt_sets import Question
 from specflow.data.template import Message
 from specflow.decoding.generate import Drafter, Generation, generate

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from specflow import files
-from specflow.bench import measuring, served_stage
+from specflow.bench import measuring
 from specflow.bench.job import family_job
 from specflow.bench.measuring import Measured
 from specflow.bench.questions import spread
-from specflow.bench.served import Plan, check_possible
-from specflow.bench.served_client import Request
+from specflow.bench.served import results
+from specflow.bench.served.client import Request
+from specflow.bench.served.measuring import Plan, check_possible
 from specflow.config import Family, Params
 from specflow.errors import UserError
 from specflow.paths import Log, Paths
@@ -34,11 +35,11 @@ def run(name: str, family: Family, params: Params, paths: Paths, log: Log, share
     measured = measuring.measure(family_job(name, family, params, paths), share)
     summary, served = measured.summary, {}
     if serve is None:
-        served_stage.forget(paths)
+        results.forget(paths)
     else:
         requests, k = _served_requests(measured, serve.num_prompts), summary["num_speculative_tokens"]
         plan = Plan(name, family, paths, read_facts(paths.target), serve, requests, k)
-        served = served_stage.headline(served_stage.run(plan, params, measured.records, paths.bench))
+        served = results.headline(results.run(plan, params, measured.records, paths.bench))
     write_results(measured, paths.bench)
     _write_plots(summary, paths)
     delete_logs(paths.state, "bench")

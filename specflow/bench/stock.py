@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from specflow.bench import metrics
 from specflow.bench.questions import Sets, prompt_tokens
-from specflow.bench.records import BASELINE, Record
 from specflow.bench.runner import WARM_UP_TOKENS
-from specflow.bench.settings import Bench
+from specflow.bench.statistics import metrics
+from specflow.bench.statistics.records import BASELINE, Record
+from specflow.config_bench import Bench
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

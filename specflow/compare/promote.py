@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from specflow.bench.intervals import Sums, bootstrap, speed_sums, speedup_of
-from specflow.bench.records import BASELINE, DRAFT, Record, paired
+from specflow.bench.statistics.intervals import Sums, bootstrap, speed_sums, speedup_of
+from specflow.bench.statistics.records import BASELINE, DRAFT, Record, paired
 from specflow.compare.command import CONDITIONS
 from specflow.config import Params
 from specflow.errors import UserError

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specflow.bench.settings import DynamicTree, StaticTree
+from specflow.config_bench import DynamicTree, StaticTree
 from specflow.decoding.eagle3 import Eagle3Session
 from specflow.decoding.sampling import Sampling
 from specflow.decoding.verify import Proposal

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from specflow.bench.records import BASELINE, DRAFT, Record, by_engine
-from specflow.bench.served_metrics import latencies
+from specflow.bench.served.metrics import latencies
+from specflow.bench.statistics.records import BASELINE, DRAFT, Record, by_engine
 from specflow.config import STAGE_NAMES, Params
 from specflow.errors import UserError
 from specflow.files import atomic_path, read_json

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from specflow.bench.records import REFERENCES
 from specflow.config import Params
+from specflow.config_bench import REFERENCES
 from specflow.files import sha256_json
 from specflow.paths import Paths
 

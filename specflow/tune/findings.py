@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from specflow.bench import metrics
-from specflow.bench.records import BASELINE, DRAFT, Record, paired
-from specflow.bench.summary import summary_of
-from specflow.bench.verdict import LEAST_LENGTH
+from specflow.bench.statistics import metrics
+from specflow.bench.statistics.records import BASELINE, DRAFT, Record, paired
+from specflow.bench.statistics.summary import summary_of
+from specflow.bench.statistics.verdict import LEAST_LENGTH
 from specflow.config import SglangSpeculation, Speculation
 from specflow.tune.candidates import Candidate, Prediction
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from specflow.bench import metrics
-from specflow.bench.intervals import speedup_interval
-from specflow.bench.records import Record, paired
+from specflow.bench.statistics import metrics
+from specflow.bench.statistics.intervals import speedup_interval
+from specflow.bench.statistics.records import Record, paired
 from specflow.data.prompt_sets import Question
 from specflow.errors import UserError
 from specflow.tune.acceptance import Walkable, acceptance_length

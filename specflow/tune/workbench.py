@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from specflow.bench.costs import measure_costs
-from specflow.bench.drift import machine_load
 from specflow.bench.job import family_job
 from specflow.bench.questions import load_questions, prompt_tokens, spread
-from specflow.bench.records import BASELINE, Record
 from specflow.bench.runner import Engine, Runner
-from specflow.bench.settings import HELDOUT, Bench, DynamicTree
+from specflow.bench.statistics.drift import machine_load
+from specflow.bench.statistics.records import BASELINE, Record
 from specflow.config import Family, Params
+from specflow.config_bench import HELDOUT, Bench, DynamicTree
 from specflow.data.prompt_sets import Question
 from specflow.decoding.chain import ChainDrafter
 from specflow.decoding.eagle3 import Eagle3Session

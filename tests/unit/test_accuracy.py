@@ -9,10 +9,17 @@ from typing import Any
 
 import pytest
 
-from specflow.bench import accuracy as scoring
-from specflow.bench.accuracy import accuracy, check_scorable, final_number, program_of, score_number, score_program
-from specflow.bench.records import Record
-from specflow.bench.sandbox import Sandbox
+from specflow.bench.scoring import accuracy as scoring
+from specflow.bench.scoring.accuracy import (
+    accuracy,
+    check_scorable,
+    final_number,
+    program_of,
+    score_number,
+    score_program,
+)
+from specflow.bench.scoring.sandbox import Sandbox
+from specflow.bench.statistics.records import Record
 from specflow.data.prompt_sets import Program, Question
 from specflow.errors import UserError
 from tests.bench_records import record

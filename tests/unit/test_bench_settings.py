@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from specflow.bench.settings import Bench, DynamicTree, StaticTree
 from specflow.config import parse_params
+from specflow.config_bench import Bench, DynamicTree, StaticTree
 from specflow.errors import UserError
 from tests.toys import tiny_params
 

@@ -9,8 +9,8 @@ import pytest
 from specflow.bench import measuring, runner, stage
 from specflow.bench.job import family_job
 from specflow.bench.questions import load_questions
-from specflow.bench.settings import Bench
 from specflow.config import Family, Params
+from specflow.config_bench import Bench
 from specflow.errors import UserError
 from specflow.files import write_jsonl
 from specflow.paths import Paths

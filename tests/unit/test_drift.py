@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from specflow.bench import drift
-from specflow.bench.records import BASELINE, DRAFT, by_engine
+from specflow.bench.statistics import drift
+from specflow.bench.statistics.records import BASELINE, DRAFT, by_engine
 from tests.bench_records import benchmark, plain
 
 

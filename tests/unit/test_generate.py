@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from specflow.bench.settings import DynamicTree, StaticTree
+from specflow.config_bench import DynamicTree, StaticTree
 from specflow.decoding.chain import ChainDrafter
 from specflow.decoding.generate import Drafter, Generation, generate
 from specflow.decoding.lookup import LookupDrafter

@@ -6,8 +6,8 @@ import statistics
 import numpy as np
 import pytest
 
-from specflow.bench.intervals import NUM_RESAMPLES, difference_interval, length_interval, speedup_interval
-from specflow.bench.records import paired
+from specflow.bench.statistics.intervals import NUM_RESAMPLES, difference_interval, length_interval, speedup_interval
+from specflow.bench.statistics.records import paired
 from tests.bench_records import plain, record
 
 

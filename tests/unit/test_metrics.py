@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from specflow.bench import metrics
-from specflow.bench.records import Record, paired
+from specflow.bench.statistics import metrics
+from specflow.bench.statistics.records import Record, paired
 from tests.bench_records import plain, record
 
 

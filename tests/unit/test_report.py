@@ -15,7 +15,7 @@ import pytest
 import vl_convert
 
 from specflow import files
-from specflow.bench.records import Record
+from specflow.bench.statistics.records import Record
 from specflow.errors import UserError
 from specflow.pages.page import VEGA_LITE
 from specflow.paths import Paths

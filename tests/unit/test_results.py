@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from specflow import files
-from specflow.bench.summary import summary_of
+from specflow.bench.statistics.summary import summary_of
 from specflow.files import sha256_json
 from specflow.paths import Paths
 from specflow.project import family_table

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from specflow.bench import sandbox as sandbox_module
-from specflow.bench.sandbox import PROBE, Limits, Outcome, Sandbox, run_program
+from specflow.bench.scoring import sandbox as sandbox_module
+from specflow.bench.scoring.sandbox import PROBE, Limits, Outcome, Sandbox, run_program
 from specflow.errors import UserError
 
 LIMITS = Limits(wall_s=3.0, cpu_s=1, memory_bytes=256 << 20, file_bytes=100_000)

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from specflow.bench import served, served_stage
-from specflow.bench.records import Record
-from specflow.bench.served import WARM_UP_TOKENS, Plan
-from specflow.bench.served_client import Request
-from specflow.bench.settings import BenchServe
+from specflow.bench.served import measuring, results
+from specflow.bench.served.client import Request
+from specflow.bench.served.measuring import WARM_UP_TOKENS, Plan
+from specflow.bench.statistics.records import Record
 from specflow.config import Family, Params, parse_params
+from specflow.config_bench import BenchServe
 from specflow.drafters.eagle3 import Eagle3Config, Eagle3Draft
 from specflow.errors import UserError
 from specflow.export.eagle3 import save_export
@@ -222,7 +222,7 @@ def in_process(k: int = K) -> list[Record]:
 def test_a_whole_benchmark(made: tuple[Params, Paths], pair: Pair, tmp_path: Path) -> None:
     plan = plan_for(made, pair, tmp_path)
     write_json(plan.paths.metrics("train_offline"), {"survival_1": 1.0, "survival_2": 0.4})
-    found = served_stage.run(plan, made[0], in_process(), plan.paths.bench)
+    found = results.run(plan, made[0], in_process(), plan.paths.bench)
     # 3 requests: two passes at 1 at once, three at 2; twice each
     assert (pair[0].asked, pair[1].asked) == (2 * (6 + 9), 2 * (6 + 9))
     for level in found["levels"]:
@@ -239,7 +239,7 @@ def test_a_whole_benchmark(made: tuple[Params, Paths], pair: Pair, tmp_path: Pat
     }  # fmt: skip
     lines = (plan.paths.bench / "served_records.jsonl").read_text().splitlines()
     assert len({json.loads(line)["id"] for line in lines}) == len(lines) == 60
-    flat = served_stage.headline(found)
+    flat = results.headline(found)
     assert flat["served_acceptance_length"] == 2.5 and flat["train_to_serve_gap"] == gap["gap"]
     assert not list(plan.paths.state.glob("*.jsonl"))
 
@@ -248,7 +248,7 @@ def test_sglangs_protocol(made: tuple[Params, Paths], pair: Pair, tmp_path: Path
     """Its own length (answer tokens over steps, 3.0) is not taken, and its draft tokens count the root."""
     pair[0].sglang = pair[1].sglang = True
     plan = plan_for(made, pair, tmp_path, engine="sglang", concurrency=[1])
-    found = served_stage.run(plan, made[0], in_process(), tmp_path / "out")
+    found = results.run(plan, made[0], in_process(), tmp_path / "out")
     assert found["levels"][0]["acceptance"]["length"] == 2.5 and found["levels"][0]["lossless_rate"] == 1.0
     assert found["servers"]["draft"]["k"] == K and found["servers"]["draft"]["version"] == "0.5.9"
     assert found["counters_agree"] is None and found["gap"]["served"] == found["gap"]["in_process"]
@@ -276,7 +276,7 @@ def test_a_killed_benchmark_goes_on_with_the_next_block(
     made: tuple[Params, Paths], pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_for(made, pair, tmp_path)
-    ask, blocks = served._block, []
+    ask, blocks = measuring._block, []
 
     def killed(*args: Any) -> dict[str, Any]:
         if len(blocks) == 5:
@@ -284,13 +284,13 @@ def test_a_killed_benchmark_goes_on_with_the_next_block(
         blocks.append(args[2])
         return ask(*args)
 
-    monkeypatch.setattr(served, "_block", killed)
+    monkeypatch.setattr(measuring, "_block", killed)
     with pytest.raises(KeyboardInterrupt):
-        served_stage.run(plan, made[0], in_process(), plan.paths.bench)
+        results.run(plan, made[0], in_process(), plan.paths.bench)
     assert blocks == [1, 2, 1, 2, 2]  # alone, alone, draft, draft; then the draft again, mirrored
-    monkeypatch.setattr(served, "_block", ask)
+    monkeypatch.setattr(measuring, "_block", ask)
     before = pair[0].asked + pair[1].asked
-    found = served_stage.run(plan, made[0], in_process(), plan.paths.bench)
+    found = results.run(plan, made[0], in_process(), plan.paths.bench)
     assert before == 6 + 9 + 6 + 9 + 9 and pair[0].asked + pair[1].asked == 60
     assert found["gap"]["in_process"] == 2.5
 
@@ -298,7 +298,7 @@ def test_a_killed_benchmark_goes_on_with_the_next_block(
 def test_failed_requests_are_disclosed(made: tuple[Params, Paths], pair: Pair, tmp_path: Path) -> None:
     pair[1].failing = {REQUESTS[1].prompt[-1]}
     plan = plan_for(made, pair, tmp_path, concurrency=[1])
-    found = served_stage.run(plan, made[0], in_process(), tmp_path / "out")
+    found = results.run(plan, made[0], in_process(), tmp_path / "out")
     assert found["levels"][0]["draft"]["num_errors"] == 4 and found["counters_agree"] is None
     assert found["verdict"].startswith("No conclusion through vllm 0.32.0 at K = 2: 4 of 24 requests failed")
     rows = [json.loads(line) for line in (tmp_path / "out" / "served_records.jsonl").read_text().splitlines()]
@@ -306,13 +306,13 @@ def test_failed_requests_are_disclosed(made: tuple[Params, Paths], pair: Pair, t
     assert errors == {'status 500: {"error": "the engine\\n is gone"}'}
     pair[1].failing = {request.prompt[-1] for request in REQUESTS}
     with pytest.raises(UserError, match="server of the draft failed at 1 at once, the first with: status 500"):
-        served_stage.run(plan, made[0], in_process(), tmp_path / "out")
+        results.run(plan, made[0], in_process(), tmp_path / "out")
 
 
 def test_the_first_divergence_is_named(made: tuple[Params, Paths], pair: Pair, tmp_path: Path) -> None:
     pair[1].wrong = {REQUESTS[2].prompt[-1]}
     plan = plan_for(made, pair, tmp_path, concurrency=[1])
-    found = served_stage.run(plan, made[0], in_process(), tmp_path / "out")
+    found = results.run(plan, made[0], in_process(), tmp_path / "out")
     assert found["levels"][0]["lossless_rate"] == pytest.approx(2 / 3)
     first = found["levels"][0]["first_divergence"]
     assert (first["question_id"], first["position"], first["expected"], first["got"]) == ("q2", 2, 13, 0)
@@ -323,7 +323,7 @@ def test_a_gap_at_the_server_is_explained(made: tuple[Params, Paths], pair: Pair
     """Two thirds of a draft accepted a step, 1.5 in process, and another template."""
     worse = {"num_spec_steps": 3, "per_step_accepted": [1, 0, 1], "per_step_drafted": [2, 2, 2]}
     pair[1].speculation, pair[1].template = {**SPECULATION, **worse}, [7, 0, 9]
-    found = served_stage.run(plan_for(made, pair, tmp_path, concurrency=[1]), made[0], in_process(), tmp_path / "out")
+    found = results.run(plan_for(made, pair, tmp_path, concurrency=[1]), made[0], in_process(), tmp_path / "out")
     gap = found["gap"]
     assert gap["served"] == pytest.approx(5 / 3) and gap["expected"] is None and gap["apart"]
     assert gap["gap"] == gap["gap_to_in_process"] == pytest.approx(5 / 3 / 2.5 - 1)
@@ -336,29 +336,29 @@ def test_refusals(made: tuple[Params, Paths], pair: Pair, tmp_path: Path) -> Non
     plan = plan_for(made, pair, tmp_path, concurrency=[1])
     pair[1].version = "0.33.0"
     with pytest.raises(UserError, match=r"different builds, 0\.32\.0 and 0\.33\.0"):
-        served_stage.run(plan, made[0], [], tmp_path / "out")
+        results.run(plan, made[0], [], tmp_path / "out")
     pair[1].version = "0.32.0"
     pair[1].speculation = {**SPECULATION, "num_spec_tokens": 5}
     with pytest.raises(UserError, match="the server drafts 5 tokens a step, the benchmark in process 2"):
-        served_stage.run(plan, made[0], [], tmp_path / "out")
+        results.run(plan, made[0], [], tmp_path / "out")
     both = (pair[1], pair[1])
     with pytest.raises(UserError, match="the server of the target alone speculates"):
-        served_stage.run(plan_for(made, both, tmp_path / "x"), made[0], [], tmp_path / "out")
+        results.run(plan_for(made, both, tmp_path / "x"), made[0], [], tmp_path / "out")
     family = made[0].families["tiny"]
     one = family.model_copy(update={"serve": family.serve.model_copy(update={"url": pair[0].url})})
     with pytest.raises(UserError, match=r"set bench\.serve\.baseline_url and bench\.serve\.draft_url"):
-        served.check_possible(one, "tiny", made[1], BenchServe())
+        measuring.check_possible(one, "tiny", made[1], BenchServe())
 
 
 def test_blocks_of_other_settings_are_not_kept(made: tuple[Params, Paths], pair: Pair, tmp_path: Path) -> None:
     plan = plan_for(made, pair, tmp_path)
     other = plan_for(made, pair, tmp_path, concurrency=[1, 4])
-    assert served.log_key(plan, "a") == served.log_key(plan_for(made, pair, tmp_path), "a")
-    assert len({served.log_key(plan, "a"), served.log_key(plan, "b"), served.log_key(other, "a")}) == 3
+    assert measuring.log_key(plan, "a") == measuring.log_key(plan_for(made, pair, tmp_path), "a")
+    assert len({measuring.log_key(plan, "a"), measuring.log_key(plan, "b"), measuring.log_key(other, "a")}) == 3
     log = RowLog(tmp_path / "log.jsonl", "k")
     log.append({"id": "server/baseline", "about": {"version": "0.31.0", "flags": []}})
     with pytest.raises(UserError, match=r"different builds, 0\.31\.0 and 0\.32\.0"):
-        served.measure(plan, log)
+        measuring.measure(plan, log)
 
 
 def test_the_report_shows_it(made: tuple[Params, Paths], pair: Pair, tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_the_report_shows_it(made: tuple[Params, Paths], pair: Pair, tmp_path: P
     plan = plan_for(made, pair, tmp_path, concurrency=[1])
     write_family(plan.paths)
     write_json(plan.paths.metrics("train_offline"), {"survival_1": 1.0, "survival_2": 0.9})
-    found = served_stage.run(plan, made[0], in_process(), plan.paths.bench)
+    found = results.run(plan, made[0], in_process(), plan.paths.bench)
     run_report(made[0], {"tiny": plan.paths})
     html, markdown = ((plan.paths.report / f"tiny.{kind}").read_text(encoding="utf-8") for kind in ("html", "md"))
     for text in (html, markdown):

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from specflow.bench import gap, served_metrics
-from specflow.bench.served import _record, check_pair, passes, plain_flags, refuse_synthetic
-from specflow.bench.served_client import Reply, Request, _read_openai, _read_sglang
-from specflow.bench.served_metrics import Block, ServedRecord
-from specflow.bench.served_stage import counters_agree, verdict
+from specflow.bench.served import gap, metrics
+from specflow.bench.served.client import Reply, Request, _read_openai, _read_sglang
+from specflow.bench.served.measuring import _record, check_pair, passes, plain_flags, refuse_synthetic
+from specflow.bench.served.metrics import Block, ServedRecord
+from specflow.bench.served.results import counters_agree, verdict
 from specflow.config import Serve
 from specflow.errors import UserError
 from specflow.serving.engines import Install, Launch, launch
@@ -59,10 +59,10 @@ def plain(tokens: list[int], **kwargs: Any) -> ServedRecord:
 def test_percentiles_interpolate_between_order_statistics() -> None:
     """Type 7: rank h = (n - 1) q + 1; of 1..5 the 90th lies 0.6 of the way from the 4th to the 5th."""
     values = [5.0, 1.0, 4.0, 2.0, 3.0]
-    assert served_metrics.percentile(values, 50) == 3.0
-    assert served_metrics.percentile(values, 90) == pytest.approx(4.6)
-    assert served_metrics.percentile(values, 99) == pytest.approx(4.96)
-    assert served_metrics.percentile([], 50) is None
+    assert metrics.percentile(values, 50) == 3.0
+    assert metrics.percentile(values, 90) == pytest.approx(4.6)
+    assert metrics.percentile(values, 99) == pytest.approx(4.96)
+    assert metrics.percentile([], 50) is None
 
 
 def test_latencies_of_one_block() -> None:
@@ -79,7 +79,7 @@ def test_latencies_of_one_block() -> None:
         ],
         counters=None,
     )
-    side = served_metrics.side([block], num_gpus=2)
+    side = metrics.side([block], num_gpus=2)
     assert (side["num_requests"], side["num_errors"], side["num_tokens"]) == (3, 1, 6)
     assert side["tok_s"] == 3.0 and side["tok_s_per_gpu"] == 1.5
     assert side["ttft_ms"]["p50"] == pytest.approx(200.0)
@@ -100,7 +100,7 @@ def test_latencies_of_one_block() -> None:
     ],
 )
 def test_break_even_concurrency(speedups: dict[int, float], stops: float | None) -> None:
-    found = served_metrics.break_even(speedups)
+    found = metrics.break_even(speedups)
     assert found == (None if stops is None else pytest.approx(stops))
 
 
@@ -130,35 +130,35 @@ vllm:prompt_tokens_total{engine="0",model_name="m"} 512.0
 
 
 def test_counters_are_summed_over_engines_and_differenced() -> None:
-    after = served_metrics.parse_counters(METRICS)
+    after = metrics.parse_counters(METRICS)
     assert after == {"num_steps": 16, "num_drafted": 32, "num_accepted": 12, "accepted_at_0": 8, "accepted_at_1": 4}
     before = {"num_steps": 8.0, "num_drafted": 16.0, "num_accepted": 8.0, "accepted_at_0": 6.0, "accepted_at_1": 2.0}
-    grown = served_metrics.differenced(before, after)
+    grown = metrics.differenced(before, after)
     assert grown is not None
-    found = served_metrics.of_counters(grown, 2)
+    found = metrics.of_counters(grown, 2)
     assert found["length"] == 1.5 == 1 + sum(found["survival"])
     assert found["survival"] == [0.25, 0.25] and found["conditional"] == [0.25, 1.0]
     with pytest.raises(UserError, match="fell during a block"):
-        served_metrics.differenced(after, before)
+        metrics.differenced(after, before)
     with pytest.raises(UserError, match="another number of tokens"):
-        served_metrics.of_counters(grown, 1)
-    assert served_metrics.parse_counters("# TYPE up gauge\nup 1\n") is None
+        metrics.of_counters(grown, 1)
+    assert metrics.parse_counters("# TYPE up gauge\nup 1\n") is None
 
 
 def test_acceptance_from_requests_equals_the_counters() -> None:
     records = [served([1, 0, 2]), served([3], question="q1")]
     counters = {"num_steps": 4.0, "num_drafted": 12.0, "num_accepted": 6.0}
     block = Block("draft", 1, 0, 1.0, records, counters)
-    found = served_metrics.acceptance([block], 3)
+    found = metrics.acceptance([block], 3)
     assert found is not None and found["from"] == "requests"
     assert found["length"] == 2.5 and found["survival"] == [0.75, 0.5, 0.25]
     assert counters_agree([block], 3) is True
     assert counters_agree([dataclasses.replace(block, counters={**counters, "num_accepted": 7.0})], 3) is False
     by_position = {**counters, "accepted_at_0": 3.0, "accepted_at_1": 2.0, "accepted_at_2": 1.0}
     untold = dataclasses.replace(block, records=[served(tokens=[1, 2])], counters=by_position)
-    other = served_metrics.acceptance([untold], 3)
+    other = metrics.acceptance([untold], 3)
     assert other is not None and (other["from"], other["length"]) == ("counters", 2.5)
-    assert served_metrics.acceptance([dataclasses.replace(untold, counters=None)], 3) is None
+    assert metrics.acceptance([dataclasses.replace(untold, counters=None)], 3) is None
 
 
 def test_vllm_per_request_metrics() -> None:
@@ -173,10 +173,10 @@ def test_vllm_per_request_metrics() -> None:
         "num_spec_tokens": 3,
     }
     detailed = {**told, "per_step_accepted": [2, 0], "per_step_drafted": [3, 3]}
-    assert served_metrics.vllm_steps(detailed, 5) == [[3, 2], [3, 0]]
-    assert served_metrics.vllm_steps(told, 5) == [[3, 0], [3, 2]]  # `summary`: in any order
-    assert served_metrics.vllm_steps({**told, "num_draft_tokens": 5}, 5) is None
-    assert served_metrics.vllm_steps(None, 5) is None and served_metrics.vllm_steps(None, 1) == []
+    assert metrics.vllm_steps(detailed, 5) == [[3, 2], [3, 0]]
+    assert metrics.vllm_steps(told, 5) == [[3, 0], [3, 2]]  # `summary`: in any order
+    assert metrics.vllm_steps({**told, "num_draft_tokens": 5}, 5) is None
+    assert metrics.vllm_steps(None, 5) is None and metrics.vllm_steps(None, 1) == []
 
 
 SGLANG = {
@@ -193,10 +193,10 @@ Not run on a real server here: SGLang needs a GPU. `specflow bench-served <famil
 
 
 def test_sglang_counts() -> None:
-    steps = served_metrics.sglang_steps(SGLANG, 106, 5)
+    steps = metrics.sglang_steps(SGLANG, 106, 5)
     assert steps is not None and len(steps) == 43
     record = dataclasses.replace(served(tokens=list(range(106))), steps=steps)
-    found = served_metrics.acceptance([Block("draft", 1, 0, 1.0, [record], None)], 5)
+    found = metrics.acceptance([Block("draft", 1, 0, 1.0, [record], None)], 5)
     assert found is not None
     assert found["length"] == pytest.approx(1 + 63 / 43)
     assert found["survival"][0] == pytest.approx(32 / 43) and found["survival"][4] == pytest.approx(3 / 43)
@@ -213,7 +213,7 @@ def test_sglang_counts_with_the_root_and_by_older_names() -> None:
         "spec_draft_token_num": 43 * 6,
         "spec_accept_histogram": SGLANG["spec_correct_drafts_histogram"],
     }
-    assert served_metrics.sglang_steps(older, 106, 5) == served_metrics.sglang_steps(SGLANG, 106, 5)
+    assert metrics.sglang_steps(older, 106, 5) == metrics.sglang_steps(SGLANG, 106, 5)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_sglang_counts_with_the_root_and_by_older_names() -> None:
 )
 def test_sglang_counts_that_contradict_each_other(change: dict[str, int]) -> None:
     with pytest.raises(UserError, match="do not belong together at K = 5"):
-        served_metrics.sglang_steps({**SGLANG, **change}, 106, 5)
+        metrics.sglang_steps({**SGLANG, **change}, 106, 5)
 
 
 def test_sglang_stream_is_cumulative_or_incremental() -> None:
@@ -253,7 +253,7 @@ def test_openai_stream_without_token_ids() -> None:
     assert (record.num_tokens, record.token_ids, record.text, record.error) == (3, None, "alpha", None)
     other = dataclasses.replace(record, engine="draft", text="alpaca", steps=None)
     blocks = [Block("baseline", 1, 0, 1.0, [record], None), Block("draft", 1, 0, 1.0, [other], None)]
-    level = served_metrics.level(blocks, 3, greedy=True, num_gpus=None)
+    level = metrics.level(blocks, 3, greedy=True, num_gpus=None)
     assert level["lossless_rate"] == 0.0 and level["first_divergence"]["position"] == 3
     assert level["acceptance"] is None
 
@@ -265,7 +265,7 @@ def test_a_level_pairs_requests_and_repeats() -> None:
         Block("draft", 1, 0, 1.0, [served([2], tokens=[1, 2, 3, 4])], None),
         Block("draft", 1, 1, 1.6, [served([2], tokens=[1, 2, 9, 4], repeat=1)], None),
     ]
-    level = served_metrics.level(blocks, 3, greedy=True, num_gpus=None)
+    level = metrics.level(blocks, 3, greedy=True, num_gpus=None)
     assert level["speedup"] == pytest.approx((8 / 2.6) / (8 / 4.0))
     assert level["speedup_range"] == pytest.approx([2.0 / 1.6, 2.0])
     assert level["lossless_rate"] == 0.5

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from specflow import files
-from specflow.bench.records import Record
-from specflow.bench.summary import recompute, summarise, summary_of
+from specflow.bench.statistics.records import Record
+from specflow.bench.statistics.summary import recompute, summarise, summary_of
 from tests.bench_records import benchmark, plain, record
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specflow.bench.settings import DynamicTree, StaticTree
+from specflow.config_bench import DynamicTree, StaticTree
 from specflow.decoding.chain import ChainDrafter
 from specflow.decoding.eagle3 import Eagle3Session
 from specflow.decoding.generate import generate

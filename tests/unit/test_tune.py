@@ -14,8 +14,8 @@ import yaml
 from click.testing import CliRunner
 
 from specflow.bench.costs import INGESTED, measure_costs
-from specflow.bench.metrics import acceptance
-from specflow.bench.records import BASELINE
+from specflow.bench.statistics.metrics import acceptance
+from specflow.bench.statistics.records import BASELINE
 from specflow.cli import cli
 from specflow.config import Params, Speculation, parse_params
 from specflow.drafters.eagle3 import Eagle3Config, Eagle3Draft

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specflow.bench.records import BASELINE, Record
+from specflow.bench.statistics.records import BASELINE, Record
 from specflow.data.prompt_sets import Question
 from specflow.errors import UserError
 from specflow.tune.acceptance import Walkable, walk

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from specflow.bench.records import Record
-from specflow.bench.summary import summary_of
+from specflow.bench.statistics.records import Record
+from specflow.bench.statistics.summary import summary_of
 from tests.bench_records import benchmark, plain, record
 
 

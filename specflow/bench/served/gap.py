@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from specflow.bench.served_client import Request
+from specflow.bench.served.client import Request
 from specflow.errors import UserError
 from specflow.export.eagle3 import check_export
 from specflow.files import read_json

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from specflow import files
-from specflow.bench import metrics
-from specflow.bench.drift import drift, most_at_once
-from specflow.bench.intervals import length_interval, speedup_interval
-from specflow.bench.records import BASELINE, DRAFT, REFERENCES, Record, by_engine, paired
-from specflow.bench.verdict import verdict
+from specflow.bench.statistics import metrics
+from specflow.bench.statistics.drift import drift, most_at_once
+from specflow.bench.statistics.intervals import length_interval, speedup_interval
+from specflow.bench.statistics.records import BASELINE, DRAFT, Record, by_engine, paired
+from specflow.bench.statistics.verdict import verdict
+from specflow.config_bench import REFERENCES
 
 MADE_BY = "specflow bench <family>"
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from specflow.bench.records import Pair, Record
+from specflow.bench.statistics.records import Pair, Record
 
 NUM_RESAMPLES = 2000
 LEVEL = 0.95

@@ -19,12 +19,12 @@ import httpx
 from tqdm import tqdm
 
 from specflow import files
-from specflow.bench import served_metrics
-from specflow.bench.gap import Check, check_template
-from specflow.bench.served_client import Asking, Reply, Request, run_block
-from specflow.bench.served_metrics import Block, ServedRecord
-from specflow.bench.settings import BenchServe
+from specflow.bench.served import metrics
+from specflow.bench.served.client import Asking, Reply, Request, run_block
+from specflow.bench.served.gap import Check, check_template
+from specflow.bench.served.metrics import Block, ServedRecord
 from specflow.config import Family
+from specflow.config_bench import BenchServe
 from specflow.errors import UserError
 from specflow.paths import Paths
 from specflow.serving.engines import Launch, find_install
@@ -300,7 +300,7 @@ def _block(server: Running, plan: Plan, concurrency: int) -> dict[str, Any]:
     before = _counters(server.endpoint)
     replies, wall_s = run_block(server.endpoint, requests, plan.asking, concurrency)
     server.check()  # a server that died gave errors that are not the draft's
-    counters = served_metrics.differenced(before, _counters(server.endpoint))
+    counters = metrics.differenced(before, _counters(server.endpoint))
     return {"wall_s": wall_s, "counters": counters, "replies": [vars(reply) for reply in replies]}
 
 
@@ -312,7 +312,7 @@ def _counters(endpoint: Endpoint) -> dict[str, float] | None:
             answer = httpx.get(f"{endpoint.url}/metrics", headers=endpoint.headers, timeout=30.0)
         except httpx.HTTPError:
             return None
-        found = served_metrics.parse_counters(answer.text) if answer.status_code == 200 else None
+        found = metrics.parse_counters(answer.text) if answer.status_code == 200 else None
         if found is None or found == last:
             return found
         last = found
@@ -363,13 +363,13 @@ def _steps(reply: Reply, num_tokens: int, engine: str, plan: Plan) -> list[list[
         return [[0, 0]] * (num_tokens - 1)
     k = plan.num_speculative_tokens
     if plan.serve.engine == "sglang":
-        return served_metrics.sglang_steps(reply.speculation, num_tokens, k)
+        return metrics.sglang_steps(reply.speculation, num_tokens, k)
     if reply.speculation and reply.speculation["num_spec_tokens"] != k:
         raise UserError(
             f"the server drafts {reply.speculation['num_spec_tokens']} tokens a step, the benchmark in process {k}: "
             "start it with the same number"
         )
-    return served_metrics.vllm_steps(reply.speculation, num_tokens)
+    return metrics.vllm_steps(reply.speculation, num_tokens)
 
 
 def log_key(plan: Plan, draft_digest: str) -> str:

@@ -9,14 +9,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from specflow import files
-from specflow.bench import served_stage
 from specflow.bench.job import family_job
 from specflow.bench.questions import load_questions, prompt_tokens, spread
-from specflow.bench.records import Record
-from specflow.bench.served import Plan, check_possible
-from specflow.bench.served_client import Request
-from specflow.bench.settings import BenchServe
+from specflow.bench.served import results
+from specflow.bench.served.client import Request
+from specflow.bench.served.measuring import Plan, check_possible
+from specflow.bench.statistics.records import Record
 from specflow.config import Family, Params
+from specflow.config_bench import BenchServe
 from specflow.errors import UserError
 from specflow.gpus import leases
 from specflow.gpus.resources import stage_resources
@@ -57,8 +57,8 @@ def look(name: str, params: Params, paths: Paths, options: Mapping[str, Any]) ->
     own = _in_process(plan, summary)
     resources = stage_resources(paths.root, "bench", family)
     with leases.lease(resources, f"bench-served@{name}", allow_cpu=family.allow_cpu):
-        served = served_stage.run(plan, params, own, paths.state / "served")
-    return [*served_stage.table(served), "", f"Records: {paths.state / 'served'}"]
+        served = results.run(plan, params, own, paths.state / "served")
+    return [*results.table(served), "", f"Records: {paths.state / 'served'}"]
 
 
 def _settings(serve: BenchServe, given: Mapping[str, Any]) -> BenchServe:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 HELDOUT = "heldout"
 """The prompt set of the family's own eval split."""
+REFERENCES = ("lookup", "oracle", "null", "assistant")
+"""Engines beside the draft: n-gram drafting, always right, always wrong, an independent draft model."""
 
 
 class DynamicTree(Section):

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from specflow import files
-from specflow.bench import gap, metrics, served_metrics
 from specflow.bench.identity import draft_digest
-from specflow.bench.intervals import length_interval
-from specflow.bench.records import Record
-from specflow.bench.served import Plan, log_key, measure
-from specflow.bench.served_metrics import Block, ServedRecord
+from specflow.bench.served import gap
+from specflow.bench.served import metrics as served_metrics
+from specflow.bench.served.measuring import Plan, log_key, measure
+from specflow.bench.served.metrics import Block, ServedRecord
+from specflow.bench.statistics import metrics
+from specflow.bench.statistics.intervals import length_interval
+from specflow.bench.statistics.records import Record
 from specflow.config import Params
 from specflow.paths import Paths
 

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 BASELINE, DRAFT = "baseline", "draft"
-REFERENCES = ("lookup", "oracle", "null", "assistant")
-"""Engines beside the draft: n-gram drafting, always right, always wrong, an independent draft model."""
 
 
 def record_key(set_name: str, question_id: str, turn: int, sample: int, repeat: int, engine: str) -> str:
@@ -27,7 +25,7 @@ class Record:
     turn: int
     repeat: int
     engine: str
-    """baseline, draft or one of REFERENCES."""
+    """baseline, draft or one of config_bench.REFERENCES."""
     order: int
     """Place among the engines that ran this request in this repeat."""
     num_prompt_tokens: int

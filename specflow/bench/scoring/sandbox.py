@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from specflow.bench.sandbox_child import NOBODY
+from specflow.bench.scoring.sandbox_child import NOBODY
 from specflow.errors import UserError
 
 CHILD = Path(__file__).with_name("sandbox_child.py")

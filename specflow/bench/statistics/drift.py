@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from specflow.bench.metrics import speedup, tok_s
-from specflow.bench.records import Record, paired
+from specflow.bench.statistics.metrics import speedup, tok_s
+from specflow.bench.statistics.records import Record, paired
 
 _NORMAL_95 = 1.959964
 

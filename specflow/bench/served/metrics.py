@@ -1,4 +1,4 @@
-"""Definitions of the benchmark through servers, as pure functions of its records; acceptance is bench/metrics.py's.
+"""Definitions of the benchmark through servers, as pure functions of its records; acceptance is statistics'.
 
 TTFT: from sending a request to its first token. E2E: to its last token. TPOT: (E2E - TTFT) / (tokens - 1), requests of
 one token left out. ITL: gaps between the messages that hold tokens; with a draft a message holds several tokens, so
@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from specflow.bench import metrics
-from specflow.bench.records import Record, paired
+from specflow.bench.statistics import metrics
+from specflow.bench.statistics.records import Record, paired
 from specflow.errors import UserError
 
 PERCENTILES = (50, 90, 99)

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
-from specflow.bench.intervals import difference_interval
-from specflow.bench.records import BASELINE, DRAFT, Record, paired
-from specflow.bench.sandbox import Sandbox
+from specflow.bench.scoring.sandbox import Sandbox
+from specflow.bench.statistics.intervals import difference_interval
+from specflow.bench.statistics.records import BASELINE, DRAFT, Record, paired
 from specflow.data.prompt_sets import Program, Question
 from specflow.errors import UserError
 

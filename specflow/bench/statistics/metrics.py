@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from specflow.bench.records import Pair, Record
+from specflow.bench.statistics.records import Pair, Record
 
 
 @dataclass(frozen=True)
