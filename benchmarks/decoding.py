@@ -44,7 +44,6 @@ from specflow.bench.served.client import Asking, Request, run_block
 from specflow.bench.served.metrics import vllm_steps
 from specflow.config import Params, load_params
 from specflow.data.prompt_sets import read_prompt_set
-from specflow.data.template import encode, render
 from specflow.decoding.chain import ChainDrafter
 from specflow.decoding.eagle3 import Eagle3Session
 from specflow.decoding.generate import Drafter, generate
@@ -62,6 +61,7 @@ from specflow.stage import family_paths
 from specflow.targets.attention import optimise_for_inference
 from specflow.targets.cached import CachedTarget
 from specflow.targets.model import TargetFacts, load_model, load_tokenizer, read_facts
+from specflow.targets.template import encode, render
 
 Steps = list[tuple[int, int]]
 """(drafted, accepted) of each verification step."""

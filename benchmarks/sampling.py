@@ -20,13 +20,13 @@ import time
 from pathlib import Path
 
 from specflow.config import load_params
-from specflow.data import template
 from specflow.files import read_jsonl, write_json
 from specflow.serving.client import Client, Lane, Request, for_each
 from specflow.serving.engines import find_install
 from specflow.serving.family import child_server
 from specflow.serving.server import Endpoint
 from specflow.stage import family_paths
+from specflow.targets import template
 from specflow.targets.model import load_tokenizer, read_facts
 
 BENCH = """

@@ -17,8 +17,8 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
+from flows.graph import StageNode
 from flows.plan import Outcome
-from specflow.graph import StageNode
 from specflow.tracking.store import where_to_look
 
 STATES = ("ran", "restored", "cached", "failed", "skipped")

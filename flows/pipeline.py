@@ -24,10 +24,10 @@ from prefect.tasks import Task
 from flows import artifacts, runner, slots
 from flows.cancelling import ending_tasks, stop_of
 from flows.checkout import sole_pipeline
+from flows.graph import StageNode, changed_stages, stage_graph
 from flows.plan import Job, Outcome, dvc_command, make_jobs, select, stage_environment
 from flows.records import Link
 from specflow.errors import UserError
-from specflow.graph import StageNode, changed_stages, stage_graph
 
 RETRY_DELAYS_S = [15.0, 60.0, 240.0]
 """Before each further try of a stage that lost a server, or whose GPU another tenant had filled."""
@@ -66,7 +66,7 @@ def pipeline(
     try:
         with sole_pipeline(root, f"pipeline run {run_id}", logger.info):
             if params:
-                from specflow.params_file import set_params
+                from specflow.params.file import set_params
 
                 set_params(root / "params.yaml", params)
             link = Link(root)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from flows.graph import StageNode
 from specflow.config import load_params
 from specflow.errors import UserError
 from specflow.gpus.resources import stage_resources
-from specflow.graph import StageNode
 
 
 @dataclass(frozen=True)

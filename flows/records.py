@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from specflow.graph import StageNode
+from flows.graph import StageNode
 
 
 class Link:

@@ -24,10 +24,10 @@ from prefect.states import Completed, Failed
 
 from flows import artifacts, runner, slots
 from flows.cancelling import ending_tasks, stop_of
+from flows.graph import experiment_metrics, stage_graph
 from flows.plan import Job, dvc_command, make_jobs, select, stage_environment
 from specflow.errors import UserError
 from specflow.files import write_text
-from specflow.graph import experiment_metrics, stage_graph
 
 HEADLINE = [["expected_acceptance_length"], ["acceptance_length"], ["speedup"], ["speedup_ci_low"], ["speedup_ci_high"]]
 HEADLINE += [["tok_s"], ["lossless_rate"]]
@@ -132,7 +132,7 @@ def _plan(
 
 
 def _check(root: Path, overrides: Mapping[str, Any]) -> None:
-    from specflow.params_file import set_params
+    from specflow.params.file import set_params
 
     if (root / "params.yaml").exists():
         with tempfile.TemporaryDirectory() as scratch:

@@ -72,7 +72,7 @@ def init(params_path: Path) -> None:
 @params_option
 def add_family(recipe: Path | None, name: str | None, accept_terms: bool, list_them: bool, params_path: Path) -> None:
     """Put the family of RECIPE (a file of recipes/) into params.yaml."""
-    from specflow.recipes import add_recipe, list_recipes
+    from specflow.params.recipes import add_recipe, list_recipes
 
     if list_them:
         lines = list_recipes(Path("recipes"))

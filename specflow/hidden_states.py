@@ -1,7 +1,7 @@
 """The hidden-state store: packed safetensors shards outside DVC, and the manifest that DVC tracks.
 
 A shard holds rows back to back, without padding: `token_ids` int32 [N], `aux` [N, A * H] in ascending layer order and
-`final` [N, H], the post-norm last state. Owns the files and their checks; what is captured is `targets/extract.py`'s.
+`final` [N, H], the post-norm last state. Owns the files and their checks; what is captured is `extract/stage.py`'s.
 """
 
 from __future__ import annotations

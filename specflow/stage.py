@@ -27,9 +27,9 @@ from specflow.sharding.shares import Share
 STAGES = {
     "fetch": ("specflow.targets.fetch", "run"),
     "prepare": ("specflow.data.prepare", "run"),
-    "sample": ("specflow.targets.sampling", "run"),
+    "sample": ("specflow.sample.stage", "run"),
     "vocab": ("specflow.data.vocab", "run"),
-    "extract": ("specflow.targets.extract", "run"),
+    "extract": ("specflow.extract.stage", "run"),
     "train_offline": ("specflow.training.stage", "run_offline"),
     "train_online": ("specflow.training.stage", "run_online"),
     "export": ("specflow.export.stage", "run"),

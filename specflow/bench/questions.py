@@ -9,9 +9,9 @@ from specflow import files
 from specflow.bench.job import Job
 from specflow.config_bench import HELDOUT, Bench
 from specflow.data.prompt_sets import Question, read_prompt_set
-from specflow.data.template import Message, encode, render
 from specflow.decoding.generate import check_fits
 from specflow.errors import UserError
+from specflow.targets.template import Message, encode, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,12 +20,12 @@ from specflow.bench.statistics.metrics import acceptance, speedup, tok_s
 from specflow.bench.statistics.records import Record, paired, record_key
 from specflow.config_bench import Bench
 from specflow.data.prompt_sets import Question
-from specflow.data.template import Message
 from specflow.decoding.generate import Drafter, Generation, generate
 from specflow.decoding.known import KnownAnswerDrafter
 from specflow.files import RowLog, sha256_json
 from specflow.sharding.shares import MERGE, WHOLE, Share
 from specflow.targets.cached import CachedTarget
+from specflow.targets.template import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,8 +16,8 @@ from typing import Any
 
 from specflow.config import DataSource
 from specflow.data.records import Damage, read_records
-from specflow.data.template import Message
 from specflow.errors import UserError
+from specflow.targets.template import Message
 
 _ROLES = {
     "system": "system",

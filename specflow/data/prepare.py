@@ -25,12 +25,12 @@ from tqdm import tqdm
 from specflow.config import Family, Params
 from specflow.data.conversations import Conversation, SourceReport, read_conversations
 from specflow.data.prompt_sets import Question, read_prompt_set
-from specflow.data.template import encode, render
 from specflow.errors import UserError
 from specflow.files import atomic_path, sha256_json, write_json, write_jsonl
 from specflow.paths import Paths
 from specflow.sources import resolve
 from specflow.targets.model import load_tokenizer, read_facts
+from specflow.targets.template import encode, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

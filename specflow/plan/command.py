@@ -58,7 +58,7 @@ def plan_text(params_path: Path, name: str | None, recipe: Path | None, options:
 
 def recipe_params(recipe: Path) -> Params:
     """The families of a recipe file as parameters of their own."""
-    from specflow.params_file import read_recipe
+    from specflow.params.file import read_recipe
 
     _, fragment = read_recipe(recipe)
     known = {key: value for key, value in fragment.items() if key in Params.model_fields}

@@ -25,7 +25,7 @@ ADAM_BYTES = 16
 """Per trained parameter: weight, gradient and two moments in fp32."""
 LOSS_CHUNK_ROWS = 512
 PREFILL_BATCH_TOKENS = 4096
-"""Of one prefill forward, as in targets/generation.py."""
+"""Of one prefill forward, as in sample/generation.py."""
 WEIGHT_SHARE = 0.7
 """Of a device's memory that weights may take where the number of devices is not given."""
 FILL_SHARE = 0.92

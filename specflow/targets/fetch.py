@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specflow.config import Family, Params, Target
-from specflow.data.template import end_of_turn
 from specflow.errors import UserError
 from specflow.files import atomic_path, sha256_json, write_json
 from specflow.paths import Paths
 from specflow.sources import digest_of, resolve
 from specflow.targets.model import TargetFacts, attention_of, load_tokenizer
+from specflow.targets.template import end_of_turn
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from specflow.errors import UserError
+from specflow.extract.capture import StateCapture, plan_batches, select_rows
 from specflow.hidden_states import HiddenStateStore, check_finite
-from specflow.targets.capture import StateCapture, plan_batches, select_rows
 from specflow.training.packing import Document
 
 if TYPE_CHECKING:

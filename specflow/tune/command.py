@@ -15,7 +15,7 @@ from specflow.bench.identity import identity
 from specflow.config import Family, Params
 from specflow.gpus import leases
 from specflow.gpus.resources import stage_resources
-from specflow.params_file import set_params
+from specflow.params.file import set_params
 from specflow.paths import Paths
 from specflow.targets.model import read_facts
 from specflow.tune import page

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from specflow.params_file import set_params
+from specflow.params.file import set_params
 from tests.projects import Project, make_project
 from tests.toys import CHATML, make_tiny_gemma, tiny_params
 

@@ -14,7 +14,8 @@ from specflow.bench import stage as bench
 from specflow.config import parse_params
 from specflow.data import vocab
 from specflow.export import stage as export
-from specflow.targets import extract, sampling
+from specflow.extract import stage as extract
+from specflow.sample import stage as sampling
 from specflow.training import stage as training
 from tests.captures import tiny_project, write_split
 from tests.toys import make_tiny_target

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from specflow.targets import extract, sampling
+from specflow.extract import stage as extract
+from specflow.sample import stage as sampling
 from tests.captures import TinyProject, tiny_project, write_split
 from tests.toys import WORDS, make_tiny_target
 

@@ -93,7 +93,7 @@ def start(project: TinyProject, environment: dict[str, str]) -> subprocess.Popen
 
 
 def test_a_killed_share_is_started_again_and_the_result_is_that_of_one_process(make_project: MakeProject) -> None:
-    from specflow.targets import sampling
+    from specflow.sample import stage as sampling
 
     project, environment = make_project("split", KILL_SHARE_ONCE)
     started = start(project, environment)

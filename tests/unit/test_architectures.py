@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from specflow.errors import UserError
+from specflow.extract.stage import StateCapture
+from specflow.sample.generation import optimised_and_checked
 from specflow.targets.attention import optimise_for_inference
 from specflow.targets.cached import CachedTarget
-from specflow.targets.extract import StateCapture
 from specflow.targets.fetch import TESTED, check_supported
-from specflow.targets.generation import optimised_and_checked
 
 VOCAB, WINDOW = 97, 8
 LENGTHS = [37, 5, 23]

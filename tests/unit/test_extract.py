@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from specflow.errors import UserError
+from specflow.extract import stage as extract
 from specflow.hidden_states import Expected, HiddenStateStore
 from specflow.sharding.shares import MERGE, Share
-from specflow.targets import extract
 from specflow.targets.model import load_model
 from tests.captures import tiny_project, write_split
 from tests.toys import make_tiny_target
@@ -116,7 +116,7 @@ def test_killed_and_resumed_is_byte_identical(tmp_path, target):
     whole, killed = (make_project(tmp_path / name, target, shard_bytes=60_000) for name in ("whole", "killed"))
     whole.run(extract)
     killed.run_killed(
-        "specflow.targets.extract",
+        "specflow.extract.stage",
         "import specflow.hidden_states as store\n"
         "save, count = store.save_file, [0]\n"
         "def killing(tensors, path):\n"

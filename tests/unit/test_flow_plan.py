@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from flows import plan
+from flows.graph import StageNode
 from specflow.errors import UserError
-from specflow.graph import StageNode
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,8 +17,9 @@ from specflow.decoding.generate import generate
 from specflow.decoding.lookup import LookupDrafter
 from specflow.errors import UserError
 from specflow.export.eagle3 import export_config
+from specflow.extract import stage as extract
 from specflow.hidden_states import HiddenStateStore
-from specflow.targets import extract, fetch
+from specflow.targets import fetch
 from specflow.targets.attention import optimise_for_inference
 from specflow.targets.cached import CachedTarget
 from specflow.targets.model import load_embedding, load_lm_head, load_model, load_tokenizer

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flows.graph import StageNode, changed_stages, stage_graph
 from specflow.errors import UserError
-from specflow.graph import StageNode, changed_stages, stage_graph
 from tests.toys import tiny_params
 
 ROOT = Path(__file__).parents[2]

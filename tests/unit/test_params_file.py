@@ -12,7 +12,7 @@ import yaml
 
 from specflow.config import load_params
 from specflow.errors import UserError
-from specflow.params_file import add_family, set_params
+from specflow.params.file import add_family, set_params
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = """\

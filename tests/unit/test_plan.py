@@ -17,6 +17,7 @@ from specflow.cli import cli
 from specflow.config import Family, parse_params
 from specflow.drafters.eagle3 import Eagle3Config, Eagle3Draft
 from specflow.errors import UserError
+from specflow.extract import stage as extract_stage
 from specflow.plan import command
 from specflow.plan.facts import DEVICES, SHAPES, Device, Shape, read_config, shape_named
 from specflow.plan.formulas import (
@@ -33,7 +34,6 @@ from specflow.plan.formulas import (
     train,
     train_flops,
 )
-from specflow.targets import extract as extract_stage
 from tests.captures import tiny_project, write_split
 from tests.toys import make_tiny_target, tiny_params
 

@@ -9,11 +9,11 @@ import pytest
 from specflow import config
 from specflow.data import prepare
 from specflow.data.prompt_sets import Question
-from specflow.data.template import encode, render
 from specflow.errors import UserError
 from specflow.paths import Paths
 from specflow.targets import fetch
 from specflow.targets.model import load_tokenizer, read_facts
+from specflow.targets.template import encode, render
 from tests.toys import make_conversations, make_prompt_set_file, make_tiny_target
 
 BENCHMARK = "please count every letter of the quiet old garden near the river before the cat sees it"

@@ -14,7 +14,7 @@ import yaml
 
 from specflow.config import load_params
 from specflow.errors import UserError
-from specflow.recipes import add_recipe, list_recipes
+from specflow.params.recipes import add_recipe, list_recipes
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

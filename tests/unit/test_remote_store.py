@@ -14,9 +14,9 @@ import torch
 from specflow import remote_store
 from specflow.config import parse_params
 from specflow.errors import RetryableError, UserError
+from specflow.extract import stage as extract
 from specflow.hidden_states import HiddenStateStore
 from specflow.sharding.shares import MERGE, Share
-from specflow.targets import extract
 from tests.captures import TinyProject, tiny_project, write_split
 from tests.toys import make_tiny_target
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from scipy import stats
 
-from specflow.data import template
 from specflow.errors import UserError
 from specflow.files import read_jsonl
+from specflow.sample import dialogue, generation
+from specflow.sample import stage as sampling
 from specflow.sharding.shares import MERGE, Share
-from specflow.targets import dialogue, generation, sampling
+from specflow.targets import template
 from specflow.targets.model import load_model, load_tokenizer
 from tests.captures import tiny_project, write_split
 from tests.toys import WORDS, make_tiny_target
@@ -222,7 +223,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, target):
         write_split(project.paths.prompts, prompts[:10], prompts[10:])
     whole.run(sampling)
     killed.run_killed(
-        "specflow.targets.sampling",
+        "specflow.sample.stage",
         "append, count = stage.RowLog.append, [0]\n"
         "def killing(self, row):\n"
         "    count[0] += 1\n"
@@ -243,7 +244,7 @@ def test_other_settings_do_not_resume(tmp_path, target):
     project = tiny_project(tmp_path, target)
     write_split(project.paths.prompts, make_prompts(4), [])
     patch = "stage.write_jsonl = lambda *_: kill()"
-    project.run_killed("specflow.targets.sampling", patch)
+    project.run_killed("specflow.sample.stage", patch)
     changed = tiny_project(tmp_path, target, sample={"max_new_tokens": 5})
     assert changed.run(sampling)["resumed_conversations"] == 0
     assert max(end - start for row in read(project.paths) for start, end in row["spans"]) == 5

@@ -8,13 +8,13 @@ import psutil
 import pytest
 
 from specflow.config import parse_params
-from specflow.data import template
 from specflow.errors import RetryableError, UserError
 from specflow.files import RowLog, read_jsonl
+from specflow.sample import stage as sampling
+from specflow.sample.dialogue import Conversation, Turns
 from specflow.serving import client as client_module
 from specflow.sharding.shares import MERGE, Share
-from specflow.targets import sampling
-from specflow.targets.dialogue import Conversation, Turns
+from specflow.targets import template
 from specflow.targets.model import load_tokenizer
 from tests.captures import tiny_project, write_split
 from tests.fake_engine import END, completion, echo, make_venv, serving

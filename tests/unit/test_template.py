@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from specflow.data import template
 from specflow.errors import UserError
+from specflow.targets import template
 
 # The rules of the real templates, shortened to what decides the mask.
 CHATML = (

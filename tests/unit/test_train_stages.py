@@ -11,8 +11,8 @@ from specflow.data import vocab
 from specflow.drafters.eagle3 import load_draft
 from specflow.errors import UserError
 from specflow.export.speculators import save_speculators
+from specflow.extract import stage as extract
 from specflow.files import read_json
-from specflow.targets import extract
 from specflow.targets.model import load_lm_head, load_model, load_tensor
 from specflow.training import stage
 from specflow.training.initial import copy_from_target, initial_draft

@@ -19,13 +19,14 @@ from torch import nn
 
 from specflow.config import Serve, parse_params
 from specflow.errors import RetryableError, UserError
+from specflow.extract import stage as extract
+from specflow.extract import vllm
+from specflow.extract.final_norm import load_final_norm
+from specflow.extract.vllm import Answer, Conversion, HeadCheck, Layers, check_settings
 from specflow.hidden_states import PlannedShard, RowInfo
 from specflow.serving.engines import Install, Launch
 from specflow.serving.server import Endpoint
-from specflow.targets import extract, vllm_capture
-from specflow.targets.final_norm import load_final_norm
 from specflow.targets.model import TargetFacts, load_lm_head, load_model, tensor_names
-from specflow.targets.vllm_capture import Answer, Conversion, HeadCheck, Layers, check_settings
 from tests.captures import TinyProject, tiny_project, write_split
 from tests.toys import make_tiny_target, tiny_params
 from tests.unit.test_architectures import ARCHITECTURES, make_model
@@ -76,7 +77,7 @@ def test_the_command_asks_for_a_capture(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     install = Install("vllm", tmp_path, "0.32.0", on_cpu)
     command = Launch(["vllm", "--enable-chunked-prefill"], {"A": "1"})
-    made = vllm_capture.with_capture(command, install, Layers((1, 3), 6), tmp_path, 4096)
+    made = vllm.with_capture(command, install, Layers((1, 3), 6), tmp_path, 4096)
     words = made.argv[2:]
     assert made.argv[:2] == command.argv  # the first words are the server's; the last of two contrary flags holds
     assert {"--no-enable-prefix-caching", "--no-enable-chunked-prefill"} <= set(words)
@@ -86,14 +87,14 @@ def test_the_command_asks_for_a_capture(tmp_path: Path, monkeypatch: pytest.Monk
     connector = json.loads(words[words.index("--kv-transfer-config") + 1])
     assert connector["kv_connector_extra_config"]["shared_storage_path"] == str(tmp_path)
     if on_cpu:
-        assert made.environment == {"A": "1", "PYTHONPATH": f"{vllm_capture.PLUGIN}:/elsewhere"}
-        assert (vllm_capture.PLUGIN / f"{connector['kv_connector_module_path']}.py").is_file()
+        assert made.environment == {"A": "1", "PYTHONPATH": f"{vllm.PLUGIN}:/elsewhere"}
+        assert (vllm.PLUGIN / f"{connector['kv_connector_module_path']}.py").is_file()
     else:
         assert made.environment == {"A": "1"} and "kv_connector_module_path" not in connector
 
 
 def test_the_engine_sees_nothing_of_specflow() -> None:
-    (file,) = vllm_capture.PLUGIN.glob("*.py")
+    (file,) = vllm.PLUGIN.glob("*.py")
     tree = ast.parse(file.read_text(encoding="utf-8"))
     imported = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     imported += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
@@ -161,7 +162,7 @@ def test_rows_come_in_order_and_a_bounded_number_is_under_way() -> None:
         return future
 
     done = []
-    for _, row, answer in vllm_capture.in_order(make_rows(lengths), submit, 100):
+    for _, row, answer in vllm.in_order(make_rows(lengths), submit, 100):
         assert answer.next_token == row.length
         done.append(row.id)
         held.pop(0)
@@ -169,22 +170,22 @@ def test_rows_come_in_order_and_a_bounded_number_is_under_way() -> None:
 
 
 def test_scratch_is_removed_and_what_a_killed_capture_left_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_capture, "SHARED_MEMORY", tmp_path / "shm")
+    monkeypatch.setattr(vllm, "SHARED_MEMORY", tmp_path / "shm")
     store = tmp_path / "stores" / "key"
     store.mkdir(parents=True)
-    left = store.parent / f"{vllm_capture.scratch_prefix(store)}left"
+    left = store.parent / f"{vllm.scratch_prefix(store)}left"
     left.mkdir()
     (left / "a.safetensors").write_bytes(b"x")
-    with vllm_capture.scratch_folder(store, 10) as first:
+    with vllm.scratch_folder(store, 10) as first:
         assert first.parent == store.parent and not left.exists() and first.stat().st_mode & 0o077 == 0
-        with vllm_capture.scratch_folder(store, 10) as second:  # another share of the same store
+        with vllm.scratch_folder(store, 10) as second:  # another share of the same store
             assert first.exists() and first != second
         (first / "a.safetensors").write_bytes(b"x")
     assert not first.exists() and not second.exists()
     (tmp_path / "shm").mkdir()
-    with vllm_capture.scratch_folder(store, 10) as folder:
+    with vllm.scratch_folder(store, 10) as folder:
         assert folder.parent == tmp_path / "shm"
-    with vllm_capture.scratch_folder(store, 10**18) as folder:
+    with vllm.scratch_folder(store, 10**18) as folder:
         assert folder.parent == store.parent
 
 
@@ -198,7 +199,7 @@ class FakeServer:
 
 
 def take(folder: Path, timeout_s: float = 5.0) -> dict[str, torch.Tensor]:
-    request = vllm_capture._Request(FakeServer(), None, folder, timeout_s, None)  # type: ignore[arg-type]
+    request = vllm._Request(FakeServer(), None, folder, timeout_s, None)  # type: ignore[arg-type]
     return request._take("r0", folder / "a.safetensors")
 
 
@@ -255,7 +256,7 @@ def refuse(_: httpx.Request) -> httpx.Response:
 )
 def test_answers_without_states(tmp_path: Path, answer: Any, error: type[Exception], message: str) -> None:
     client = httpx.Client(transport=httpx.MockTransport(answer))
-    request = vllm_capture._Request(FakeServer(), client, tmp_path, 1.0, None)  # type: ignore[arg-type]
+    request = vllm._Request(FakeServer(), client, tmp_path, 1.0, None)  # type: ignore[arg-type]
     with pytest.raises(error, match=message) as caught:
         request("r0", [3, 4])
     assert caught.type is error
@@ -284,7 +285,7 @@ def test_the_head_over_the_final_state_must_give_the_engines_answer(project: Tin
     for states in wrong:
         with pytest.raises(UserError, match="r1: the captured final state does not give the token that vLLM itself"):
             check("r1", Answer((empty, empty, states, empty), token))
-    for _ in range(vllm_capture.CHECKED_ROWS):
+    for _ in range(vllm.CHECKED_ROWS):
         check("r0", Answer((empty, empty, final, empty), token))
     check("r1", Answer((empty, empty, wrong[0], empty), token))  # only the first rows are looked at
 

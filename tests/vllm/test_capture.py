@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from specflow.extract import stage as extract
+from specflow.extract import vllm
 from specflow.hidden_states import HiddenStateStore
-from specflow.targets import extract, vllm_capture
 from tests.captures import TinyProject, tiny_project, write_split
 from tests.vllm.conftest import CACHE
 
@@ -80,7 +81,7 @@ def projects(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path, vllm_v
 def resumed(projects: dict[str, TinyProject]) -> dict[str, float]:
     """Metrics of a vLLM capture that was killed with SIGKILL at its third shard and run again."""
     projects["vllm"].run_killed(
-        "specflow.targets.extract",
+        "specflow.extract.stage",
         "import specflow.hidden_states as store\n"
         "save, count = store.save_file, [0]\n"
         "def killing(tensors, path):\n"
@@ -102,7 +103,7 @@ def resumed(projects: dict[str, TinyProject]) -> dict[str, float]:
 
 def servers_of(project: TinyProject) -> list[str]:
     """Command lines of processes that write to this project's scratch folder."""
-    prefix = vllm_capture.scratch_prefix(next((project.paths.state / "hidden_states").iterdir()))
+    prefix = vllm.scratch_prefix(next((project.paths.state / "hidden_states").iterdir()))
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -128,8 +129,8 @@ def test_every_state_is_that_of_transformers_after_a_kill(
 
 def test_nothing_is_left_in_the_scratch_folder(projects: dict[str, TinyProject], resumed: dict[str, float]) -> None:
     store = open_store(projects["vllm"]).folder
-    prefix = vllm_capture.scratch_prefix(store)
-    assert [path for base in (vllm_capture.SHARED_MEMORY, store.parent) for path in base.glob(f"{prefix}*")] == []
+    prefix = vllm.scratch_prefix(store)
+    assert [path for base in (vllm.SHARED_MEMORY, store.parent) for path in base.glob(f"{prefix}*")] == []
 
 
 @pytest.mark.parametrize("layers", [[1, 3, 6], [0, 4, 6], [0, 2, 6], [0, 3, 5]])

@@ -22,10 +22,11 @@ from specflow.decoding.generate import Generation, generate
 from specflow.drafters.eagle3 import Eagle3Draft, load_draft
 from specflow.export import stage as export
 from specflow.export.speculators import save_speculators
+from specflow.extract import stage as extract
+from specflow.sample import stage as sampling
 from specflow.serving.engines import find_install, launch
 from specflow.serving.family import child_server
 from specflow.serving.server import Endpoint, free_port, running
-from specflow.targets import extract, sampling
 from specflow.targets.cached import CachedTarget
 from specflow.targets.model import load_model
 from specflow.training import stage as training

@@ -16,10 +16,10 @@ import pytest
 from specflow.config import parse_params
 from specflow.errors import UserError
 from specflow.files import RowLog, read_jsonl
+from specflow.sample import stage as sampling
 from specflow.serving.engines import Install
 from specflow.serving.family import child_server
 from specflow.serving.server import Endpoint
-from specflow.targets import sampling
 from tests.captures import TinyProject, tiny_project, write_split
 from tests.unit.test_sampling import lean_to_end, make_prompts
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from specflow.errors import UserError
+from specflow.sample.dialogue import Conversation, Dialogue, Turns
 from specflow.targets.attention import optimise_for_inference
 from specflow.targets.cached import CachedTarget
-from specflow.targets.dialogue import Conversation, Dialogue, Turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,6 +20,8 @@ import transformers
 from tqdm import tqdm
 
 from specflow.errors import UserError
+from specflow.extract import vllm
+from specflow.extract.capture import SampleRow, StateCapture, plan_batches, resolve_aux_layer_ids, select_rows
 from specflow.files import read_jsonl, sha256_file, sha256_json, write_json
 from specflow.hidden_states import (
     Captured,
@@ -31,8 +33,6 @@ from specflow.hidden_states import (
     bytes_per_token,
 )
 from specflow.sharding.shares import WHOLE, Share
-from specflow.targets import vllm_capture
-from specflow.targets.capture import SampleRow, StateCapture, plan_batches, resolve_aux_layer_ids, select_rows
 from specflow.targets.model import TargetFacts, load_model, read_facts
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class _Work:
         started = time.perf_counter()
         tokens_of = {row.info.id: row.token_ids for row in self.kept}
         if self.settings.engine == "vllm":
-            done = vllm_capture.capture(
+            done = vllm.capture(
                 self.name,
                 self.family,
                 self.facts,
@@ -180,7 +180,7 @@ class _Work:
 def engine_name(family: Family, paths: Paths) -> str:
     """What runs the target, with its version. Raises UserError where it is not installed."""
     if family.extract.engine == "vllm":
-        return vllm_capture.engine_name(family.serve, paths.cache)
+        return vllm.engine_name(family.serve, paths.cache)
     return f"transformers {transformers.__version__}"
 
 

@@ -14,12 +14,12 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
-from specflow.data import template
 from specflow.errors import UserError
+from specflow.sample.dialogue import Conversation, Dialogue, Turns
 from specflow.serving.client import Client, Completion, Lane, Protocol, Request, engine_version, for_each, no_token_ids
 from specflow.serving.engines import find_install
 from specflow.serving.fleet import Fleet, Foreign, Replicas
-from specflow.targets.dialogue import Conversation, Dialogue, Turns
+from specflow.targets import template
 
 if TYPE_CHECKING:
     from specflow.config import Family

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from specflow.data import template
 from specflow.errors import UserError
+from specflow.targets import template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

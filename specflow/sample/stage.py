@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from tqdm import tqdm
 
-from specflow.data import template
 from specflow.errors import UserError
 from specflow.files import RowLog, read_jsonl, sha256_file, sha256_json, write_jsonl
+from specflow.sample import generation, served
+from specflow.sample.dialogue import Conversation, Turns
 from specflow.sharding.shares import WHOLE, Share, delete_logs, open_log
-from specflow.targets import generation, served
-from specflow.targets.dialogue import Conversation, Turns
+from specflow.targets import template
 from specflow.targets.model import TargetFacts, load_model, load_tokenizer, read_facts
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Recipes: families ready to be added to params.yaml. What the user is told and asked; the edit is `params_file`'s."""
+"""Recipes: families ready to be added to params.yaml. What the user is told and asked; the edit is `file.py`'s."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from specflow.config import load_params, parse_params
 from specflow.errors import UserError
-from specflow.params_file import add_family, missing_prompt_sets, read_recipe
+from specflow.params.file import add_family, missing_prompt_sets, read_recipe
 
 
 def add_recipe(params_path: Path, recipe: Path, *, name: str | None = None, accept_terms: bool = False) -> list[str]:

@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from specflow.errors import RetryableError, UserError
+from specflow.extract.final_norm import load_final_norm
 from specflow.hidden_states import Captured, PlannedShard, RowInfo, ShardInfo, ShardWriter
 from specflow.serving.engines import Install, Launch, find_install
 from specflow.serving.family import child_server
 from specflow.serving.server import Server
-from specflow.targets.final_norm import load_final_norm
 from specflow.targets.model import TargetFacts, load_lm_head
 
 if TYPE_CHECKING:
