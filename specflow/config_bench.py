@@ -5,14 +5,11 @@ Imports nothing heavy, as the whole schema does.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from specflow.schema import Count, NonNegative, Section, Seed
-
-if TYPE_CHECKING:
-    from specflow.decoding.sampling import Sampling
 
 HELDOUT = "heldout"
 """The prompt set of the family's own eval split."""
@@ -206,12 +203,6 @@ class Bench(Section):
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
-
-    @property
-    def sampling(self) -> Sampling:
-        from specflow.decoding.sampling import Sampling
-
-        return Sampling(self.temperature, self.top_p, self.top_k)
 
     @property
     def largest_depth(self) -> int:

@@ -21,7 +21,7 @@ from specflow.bench.costs import measure_costs
 from specflow.bench.identity import identity
 from specflow.bench.job import Job, differences
 from specflow.bench.questions import Sets, cache_length, load_questions, prompt_tokens
-from specflow.bench.runner import Engine, Runner, sweep
+from specflow.bench.runner import Engine, Runner, sampling_of, sweep
 from specflow.bench.scoring.accuracy import accuracy, check_scorable
 from specflow.bench.statistics.drift import machine_load, most_at_once
 from specflow.bench.statistics.records import Record
@@ -290,7 +290,7 @@ class Work:
             max_new_tokens=bench.max_new_tokens,
             eos_ids=frozenset(self.job.target.eos_token_ids),
             num_speculative_tokens=self.num_speculative_tokens,
-            sampling=bench.sampling,
+            sampling=sampling_of(bench),
             seed=bench.seed,
         )
         draft, sizes = self._session.draft, bench.batch_sizes

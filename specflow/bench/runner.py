@@ -22,6 +22,7 @@ from specflow.config_bench import Bench
 from specflow.data.prompt_sets import Question
 from specflow.decoding.generate import Drafter, Generation, generate
 from specflow.decoding.known import KnownAnswerDrafter
+from specflow.decoding.sampling import Sampling
 from specflow.files import RowLog, sha256_json
 from specflow.sharding.shares import MERGE, WHOLE, Share
 from specflow.targets.cached import CachedTarget
@@ -189,9 +190,13 @@ class Runner:
             eos_ids=self.eos_ids,
             drafter=engine.drafter,
             num_speculative_tokens=engine.num_speculative_tokens,
-            sampling=self.bench.sampling,
+            sampling=sampling_of(self.bench),
             generator=torch.Generator(device=self.target.device).manual_seed(seed),
         )
+
+
+def sampling_of(bench: Bench) -> Sampling:
+    return Sampling(bench.temperature, bench.top_p, bench.top_k)
 
 
 def _owned(sets: Mapping[str, Sequence[Question]], share: Share) -> Iterator[tuple[int, str, Question]]:

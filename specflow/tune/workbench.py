@@ -15,7 +15,7 @@ from torch import Tensor
 from specflow.bench.costs import measure_costs
 from specflow.bench.job import family_job
 from specflow.bench.questions import load_questions, prompt_tokens, spread
-from specflow.bench.runner import Engine, Runner
+from specflow.bench.runner import Engine, Runner, sampling_of
 from specflow.bench.statistics.drift import machine_load
 from specflow.bench.statistics.records import BASELINE, Record
 from specflow.config import Family, Params
@@ -152,14 +152,14 @@ class ModelBench:
         self, question: Question, depths: Mapping[int, int], draft_vocab_size: int | None
     ) -> dict[int, Walkable]:
         session, prompt = self._session(draft_vocab_size), self._prompt(question)
-        watching = _Watching(session, dict(depths), self.bench.sampling)
+        watching = _Watching(session, dict(depths), sampling_of(self.bench))
         done = generate(
             self._target,
             prompt,
             max_new_tokens=self.max_new_tokens + max(depths.values()),  # drafts reach beyond the end of an answer
             eos_ids=frozenset(self._eos_ids),
             drafter=watching,
-            sampling=self.bench.sampling,
+            sampling=sampling_of(self.bench),
             generator=torch.Generator(device=self.device).manual_seed(self.bench.seed),
         )
         num_tokens = min(len(done.token_ids), self.max_new_tokens)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from specflow.bench.runner import sampling_of
 from specflow.config import parse_params
 from specflow.config_bench import Bench, DynamicTree, StaticTree
 from specflow.errors import UserError
@@ -66,5 +67,5 @@ def test_a_wrong_tree_is_named_by_its_place(tree: dict[str, Any], message: str, 
 
 
 def test_sampling_of_the_settings() -> None:
-    sampling = Bench(temperature=0.5, top_p=0.9, top_k=7).sampling
+    sampling = sampling_of(Bench(temperature=0.5, top_p=0.9, top_k=7))
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.greedy) == (0.5, 0.9, 7, False)
