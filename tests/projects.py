@@ -13,9 +13,8 @@ from typing import Any
 
 import yaml
 
+from tests import ROOT
 from tests.toys import make_project_inputs
-
-ROOT = Path(__file__).parents[1]
 
 
 class Project:

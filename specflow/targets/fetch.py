@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("specflow")
 TESTED = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "olmo2", "olmo3", "phi3"}
 TESTED |= {"smollm3", "exaone4"}
-"""Model types whose every forward tests/unit/test_architectures.py holds against plain transformers."""
+"""Model types whose every forward tests/unit/targets/test_architectures.py holds against plain transformers."""
 _GGUF_CONVERSION = 1
 """Raise when the conversion changes: part of the key of converted checkpoints."""
 _TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"}

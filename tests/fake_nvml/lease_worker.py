@@ -1,4 +1,4 @@
-"""A process that leases fake devices, for test_gpus_leases.py; light, so that many can start: imports no torch.
+"""A process that leases fake devices, for unit/gpus/test_leases.py; light, so that many can start: imports no torch.
 
 `lease_worker.py HOLDER GPUS HOLD_SECONDS LOG [MEMORY_GB]`: writes what it was given and what CUDA would see to LOG,
 one line when it holds the devices and one before it gives them back. HOLD_SECONDS may be a path:

@@ -3,7 +3,7 @@
 The JSON file that FAKE_NVML names is read anew at each call, so a test can change the machine under running processes:
 a list of GPUs, each {uuid, memory, used, processes: [[pid, bytes]], name?, utilisation?, energy_mj?, power_mw?,
 mig: [{uuid, memory, used, processes}]?, lost?}. What is absent is NotSupported. Without FAKE_NVML there is no driver.
-test_gpus.py checks that the real module has every name of this one.
+unit/gpus/test_nvml.py checks that the real module has every name of this one.
 """
 
 import json

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from specflow.drafters.attention import ttt_attention
-from tests.unit.test_eagle3 import attention_case, dense_attention
+from tests.unit.drafters.test_eagle3 import attention_case, dense_attention
 
 pytestmark = [
     pytest.mark.gpu,

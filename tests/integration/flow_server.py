@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
+
 DRIVER = """
 import importlib, json, sys
 from prefect.client.orchestration import get_client

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from tests import ROOT
 from tests.bench_project import make_bench_project, without_times
 
-ROOT = Path(__file__).parents[2]
 OPTIONS = ["--num-prompts", "2", "--max-new-tokens", "8", "--no-references", "-k", "2"]
 SAMPLING = ["--temperature", "1", "--num-samples", "2"]
 # Every process that has this on its path runs it first: one dies by SIGKILL at its fifth record, once.

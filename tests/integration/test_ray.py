@@ -17,12 +17,12 @@ import yaml
 
 from specflow.extract import stage as extract
 from specflow.sample import stage as sampling
+from tests import ROOT
 from tests.captures import TinyProject, tiny_project, write_split
 from tests.toys import WORDS, make_tiny_target
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'specflow[ray]'")
 
-ROOT = Path(__file__).parents[2]
 LIMIT_S = 240.0
 """Of one command, on a machine that does other things too."""
 # Every process of the cluster runs this first: rows take long enough for a node to be lost among them.

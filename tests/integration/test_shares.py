@@ -16,10 +16,10 @@ import psutil
 import pytest
 import yaml
 
+from tests import ROOT
 from tests.captures import TinyProject, tiny_project, write_split
 from tests.toys import WORDS, make_tiny_target
 
-ROOT = Path(__file__).parents[2]
 LIMIT_S = 240.0
 """Of one command, on a machine that does other things too."""
 # Every process of a project that has this on its path runs it first: share 1 kills itself once, on its third row.

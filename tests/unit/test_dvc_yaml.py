@@ -12,8 +12,8 @@ import yaml
 from specflow.cli import SUMMARIES, cli
 from specflow.config import Family, Params, load_params
 from specflow.stage import STAGES
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 PLUMBING = ("config.py", "config_bench.py", "schema.py", "errors.py", "files.py", "paths.py")
 EVERYWHERE = {f"specflow/{name}" for name in PLUMBING}
 """Plumbing that every stage imports: a change there does not make results stale, nor what it imports itself."""
@@ -99,9 +99,16 @@ def _imports(module: str) -> set[str]:
         found.add(name)
         if name in EVERYWHERE:
             continue
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("specflow"):
-                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            elif isinstance(node, ast.Import):
-                waiting += [alias.name for alias in node.names if alias.name.startswith("specflow")]
+        waiting += [imported for imported in imported_names(file) if imported.startswith("specflow")]
     return found
+
+
+def imported_names(file: Path) -> list[str]:
+    """Modules that a file imports, inside functions too; `from a import b` counts as a and as a.b: it may mean either."""
+    names = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return names

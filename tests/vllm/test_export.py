@@ -31,7 +31,7 @@ from specflow.targets.cached import CachedTarget
 from specflow.targets.model import load_model
 from specflow.training import stage as training
 from tests.captures import TinyProject, tiny_project, write_split
-from tests.unit.test_imports import make_draft
+from tests.unit.export.test_imports import make_draft
 
 K = 3
 MAX_NEW_TOKENS = 24

@@ -21,7 +21,7 @@ from specflow.serving.engines import Install
 from specflow.serving.family import child_server
 from specflow.serving.server import Endpoint
 from tests.captures import TinyProject, tiny_project, write_split
-from tests.unit.test_sampling import lean_to_end, make_prompts
+from tests.unit.sample.test_stage import lean_to_end, make_prompts
 
 pytestmark = pytest.mark.vllm
 LIMIT = 400
