@@ -18,21 +18,29 @@ from specflow.drafters.eagle3 import DraftCache, Eagle3Config, Eagle3Draft
 from specflow.targets.attention import optimise_for_inference
 from specflow.targets.cached import CachedTarget
 
-V, H, AUX = 64, 32, [1, 2, 3]
+V, H, AUX = 64, 32, [0, 1, 2]
 PROMPT = [5, 9, 2, 40, 7, 7, 31]
+_SHAPE = {"hidden_size": H, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
 
-def make_model(num_heads: int = 4, vocab_size: int = V, num_layers: int = 4) -> LlamaForCausalLM:
-    """A random fp32 Llama whose greedy choice depends on the context."""
-    torch.manual_seed(0)
+def make_llama(
+    vocab_size: int = V,
+    *,
+    seed: int = 0,
+    num_layers: int = 4,
+    num_heads: int = 4,
+    spread: float = 1.5,
+    noise: float = 0.0,
+) -> LlamaForCausalLM:
+    """Weights so wide that the greedy choice depends on the context; a smaller `spread` of the head flattens it.
+
+    With `noise`, relative to the weights, a model that often agrees with the one without.
+    """
     config = LlamaConfig(
+        **(_SHAPE | {"num_attention_heads": num_heads}),
         vocab_size=vocab_size,
-        hidden_size=H,
-        intermediate_size=48,
         num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=2,
-        head_dim=8,
         max_position_embeddings=256,
         tie_word_embeddings=False,
         attn_implementation="sdpa",
@@ -40,46 +48,51 @@ def make_model(num_heads: int = 4, vocab_size: int = V, num_layers: int = 4) -> 
         bos_token_id=None,
     )
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if weight.ndim == 2:
-            weight.normal_(0.0, 1.0 if "embed" in name else 1.5 / weight.shape[1] ** 0.5)
+            scale = spread if "lm_head" in name else 1.5
+            weight.normal_(0.0, 1.0 if "embed" in name else scale / weight.shape[1] ** 0.5, generator=generator)
+    for weight in model.parameters():
+        if weight.ndim == 2 and noise > 0:
+            weight += torch.randn(weight.shape, generator=generator) * weight.std() * noise
     return model
 
 
-def make_target(max_length: int = 200, *, aux_layer_ids: Sequence[int] = AUX, **shape: int) -> CachedTarget:
-    model = optimise_for_inference(make_model(**shape))
-    return CachedTarget(model, num_rows=1, max_length=max_length, aux_layer_ids=aux_layer_ids)
+def make_target(model: LlamaForCausalLM | None = None, *, num_rows: int = 1, max_length: int = 200) -> CachedTarget:
+    model = optimise_for_inference(model or make_llama())
+    return CachedTarget(model, num_rows=num_rows, max_length=max_length, aux_layer_ids=AUX)
 
 
-def make_draft(seed: int = 0, vocab_size: int = V, draft_vocab_size: int | None = None) -> Eagle3Draft:
+def make_draft(
+    vocab_size: int = V, *, draft_vocab_size: int | None = None, seed: int = 1, **changes: object
+) -> Eagle3Draft:
     """A random draft of the tiny target, which knows some tokens of the vocabulary (None: all)."""
-    torch.manual_seed(seed)
     known = draft_vocab_size or vocab_size
-    draft = Eagle3Draft(
-        Eagle3Config(
-            hidden_size=H,
-            target_hidden_size=H,
-            intermediate_size=48,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            rms_norm_eps=1e-5,
-            max_position_embeddings=256,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-            vocab_size=vocab_size,
-            draft_vocab_size=known,
-            aux_layer_ids=AUX,
-        )
-    )
-    chosen = torch.randperm(vocab_size)[:known].sort().values
+    config = Eagle3Config(
+        **_SHAPE,
+        target_hidden_size=H,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=256,
+        rope_parameters=_ROPE,
+        vocab_size=vocab_size,
+        draft_vocab_size=known,
+        aux_layer_ids=AUX,
+    ).model_copy(update=changes)
+    draft = Eagle3Draft(config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for weight in draft.parameters():
+        if weight.ndim == 2:
+            weight.normal_(0.0, 1.5 / weight.shape[1] ** 0.5, generator=generator)
+    chosen = torch.randperm(vocab_size, generator=generator)[:known].sort().values
     draft.d2t.copy_(chosen - torch.arange(known))
     draft.t2d[chosen] = True
-    return draft.eval().requires_grad_(False)
+    return draft
 
 
 def make_session(target: CachedTarget, seed: int = 1, draft_vocab_size: int | None = None) -> Eagle3Session:
     table = target.model.get_input_embeddings().weight
-    return Eagle3Session(make_draft(seed, len(table), draft_vocab_size), table, target.max_length)
+    return Eagle3Session(make_draft(len(table), draft_vocab_size=draft_vocab_size, seed=seed), table, target.max_length)
 
 
 class Scratch:

@@ -104,7 +104,7 @@ def _imports(module: str) -> set[str]:
 
 
 def imported_names(file: Path) -> list[str]:
-    """Modules that a file imports, inside functions too; `from a import b` counts as a and as a.b: it may mean either."""
+    """Modules that a file imports, inside functions too; `from a import b` may mean a or a.b: both."""
     names = []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:

@@ -8,7 +8,7 @@ from specflow.bench.batched import Workload, measure
 from specflow.decoding.generate import Generation
 from specflow.decoding.sampling import GREEDY, Sampling
 from specflow.targets.attention import optimise_for_inference
-from tests.decoders import make_draft, make_llama, make_target
+from tests.decoding import make_draft, make_llama, make_target
 
 V = 12
 PROMPTS = [[1, 4, 2], [7, 7, 3, 0, 5, 9, 11, 2, 4], [6], [3, 8, 1, 1, 10], [2, 2, 2, 2, 9, 5]]

@@ -15,7 +15,7 @@ from specflow.decoding.sampling import GREEDY, Sampling
 from specflow.decoding.verify import Proposal
 from specflow.drafters.eagle3 import DraftCache, RaggedDraftCache
 from specflow.errors import UserError
-from tests.decoders import make_draft, make_llama, make_target
+from tests.decoding import make_draft, make_llama, make_target
 
 V, K, LENGTH = 12, 3, 120  # a vocabulary so small that a random draft is right now and then
 PROMPTS = [[1, 4, 2], [7, 7, 3, 0, 5, 9, 11, 2, 4], [6], [3, 8, 1, 1, 10], [2, 2, 2, 2, 9, 5], [11, 0]]

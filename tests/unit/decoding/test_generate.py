@@ -17,7 +17,7 @@ from specflow.decoding.verify import Proposal
 from specflow.errors import UserError
 from specflow.targets.attention import optimise_for_inference
 from specflow.targets.cached import CachedTarget
-from tests.decoding import AUX, PROMPT, KnownTree, V, fits, make_model, make_session, make_target
+from tests.decoding import AUX, PROMPT, KnownTree, V, fits, make_llama, make_session, make_target
 
 TREES = [
     DynamicTree(total_token=40, depth=4, top_k=16),
@@ -69,7 +69,7 @@ class KnownDrafter:
 
 
 def test_plain_greedy_equals_transformers_generate() -> None:
-    model = make_model()
+    model = make_llama()
     config = GenerationConfig(do_sample=False, max_new_tokens=40, pad_token_id=0)
     expected = model.generate(torch.tensor([PROMPT]), generation_config=config)[0, len(PROMPT) :].tolist()
     result = run(make_target())
@@ -178,7 +178,7 @@ def test_sampled_speculation_has_the_targets_distribution(tree: DynamicTree | St
     second and the third together, against the target's own truncated probabilities: chi-square.
     """
     sampling = Sampling(1.3, 0.97, 4)
-    target = make_target(vocab_size=5, num_layers=3)
+    target = make_target(make_llama(5, num_layers=3))
     session = make_session(target, draft_vocab_size=4)
     drafter = ChainDrafter(session) if tree is None else TreeDrafter(session, tree)
     prompt = [3, 1, 4, 1, 2]
@@ -217,7 +217,7 @@ def test_sampled_speculation_has_the_targets_distribution(tree: DynamicTree | St
 def test_optimised_forward_equals_the_plain_one() -> None:
     """Prefill, one token, several tokens, and ragged rows: the fused path computes the same function."""
     for heads in (2, 4):
-        plain, fast = make_model(heads), optimise_for_inference(make_model(heads))
+        plain, fast = make_llama(num_heads=heads), optimise_for_inference(make_llama(num_heads=heads))
         for rows in (1, 3):
             pair = [CachedTarget(m, num_rows=rows, max_length=40, aux_layer_ids=AUX) for m in (plain, fast)]
             generator = torch.Generator().manual_seed(2)

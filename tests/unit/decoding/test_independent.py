@@ -11,7 +11,7 @@ from specflow.decoding.generate import generate
 from specflow.decoding.independent import IndependentDrafter, load_assistant
 from specflow.decoding.sampling import GREEDY, Sampling
 from specflow.errors import UserError
-from tests.decoders import make_llama, make_target
+from tests.decoding import make_llama, make_target
 from tests.toys import make_tiny_target, make_tiny_tokenizer
 
 V, PROMPT = 64, [5, 9, 2, 40, 7, 7, 31]

@@ -4,7 +4,7 @@ import pytest
 
 from specflow.decoding.generate import generate
 from specflow.decoding.known import KnownAnswerDrafter
-from tests.decoders import make_llama, make_target
+from tests.decoding import make_llama, make_target
 
 V, PROMPT = 64, [5, 9, 2, 40, 7, 7, 31]
 

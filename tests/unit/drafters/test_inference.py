@@ -6,7 +6,7 @@ import torch
 from specflow.drafters.eagle3 import DraftCache, Eagle3Draft, RaggedDraftCache
 from specflow.drafters.inference import PreparedDraft, decoding_dtype, prepare
 from specflow.kernels import PrepackedLinear, fast_bf16
-from tests.decoders import make_draft
+from tests.decoding import make_draft
 
 V = 40
 VARIANTS = [

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from specflow.errors import UserError
 from specflow.targets.attention import GROUPED, optimise_for_inference
 from specflow.targets.cached import CachedTarget, tree_layout
-from tests.decoding import AUX, make_model
+from tests.decoding import AUX, make_llama
 from tests.toys import make_tiny_gemma
 
 PREFIX = [5, 9, 2, 40, 7, 7, 31, 12, 50, 3, 17, 22, 8, 8, 41, 60, 11, 29, 35, 2]
@@ -36,7 +36,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         made = optimise_for_inference(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval())
         assert made.config._attn_implementation == GROUPED and made.config.sliding_window < len(PREFIX)
         return made
-    made = make_model(num_heads=2 if request.param == "one head each" else 4)
+    made = make_llama(num_heads=2 if request.param == "one head each" else 4)
     return optimise_for_inference(made) if request.param != "grouped" else made
 
 
