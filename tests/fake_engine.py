@@ -1,7 +1,8 @@
 """A small HTTP server that speaks vLLM's protocol and answers every prompt with tokens made from its digest.
 
 For what goes wrong between a client and a server, which a real engine does not do on demand. Shapes as recorded from
-vLLM 0.32. Runs in a thread (`serving`), or as the engine of a virtual environment (`make_venv`) and a child that dies.
+vLLM 0.32. Runs in a thread (`serving`), or as a program: a server that starts or answers badly (`--mode`), and a child
+that dies as the engine of a virtual environment (`make_venv`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -22,6 +24,8 @@ from typing import Any
 END = 2
 Reply = tuple[int, Any]
 """Status and body; a body of bytes is sent as it is, announced ten bytes longer (a connection cut off)."""
+MODES = ("good", "boom", "oom", "child", "key", "html", "hung", "broken")
+KEY = "sesame"
 
 
 class FakeServer(ThreadingHTTPServer):
@@ -35,6 +39,7 @@ class FakeServer(ThreadingHTTPServer):
         """Path and body of every POST."""
         self.headers_to_send: dict[str, str] = {}
         self.max_model_len = 2048
+        self.mode = "good"
 
     @property
     def url(self) -> str:
@@ -49,15 +54,25 @@ class Handler(BaseHTTPRequestHandler):
     server: FakeServer
 
     def do_GET(self) -> None:
-        answers = {
+        if self.server.mode == "key" and self.headers.get("Authorization") != f"Bearer {KEY}":
+            self._send(401, {})
+            return
+        answers: dict[str, Any] = {
             "/health": {},
             "/version": {"version": "9.9"},
             "/v1/models": {"data": [{"id": self.server.model, "max_model_len": self.server.max_model_len}]},
         }
+        if self.server.mode == "html":
+            answers["/v1/models"] = "hello"
         self._send(200 if self.path in answers else 404, answers.get(self.path, {}))
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if self.server.mode == "hung":
+            time.sleep(3600)
+        if self.server.mode == "broken":
+            self._send(500, {})
+            return
         if body.get("prompt") == "a":  # the check that a server answers
             self._send(200, completion([5], "length", 1))
             return
@@ -130,11 +145,23 @@ def make_venv(folder: Path) -> Path:
     return folder
 
 
+def start_as(mode: str) -> None:
+    """What happens before a server listens: two ways to fail, and a process that it leaves behind."""
+    if mode == "boom":
+        sys.stdout.write("loading\n")
+        raise RuntimeError("the weights are   not there")
+    if mode == "oom":
+        sys.exit("ValueError: No available memory for the cache blocks. Try increasing it.")
+    if mode == "child":
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)  # grandchild"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--served-model-name", required=True)
     parser.add_argument("--max-model-len", type=int, required=True)
+    parser.add_argument("--mode", choices=MODES, default="good")
     parser.add_argument("--die-after", type=int, help="answers after which the process ends as if killed")
     parser.add_argument("--hang-after", type=int, help="answers after which none comes any more")
     parser.add_argument("--once", type=Path, help="do that only where this file is not there, and write it")
@@ -143,6 +170,7 @@ def main() -> None:
     options, _ = parser.parse_known_args()
     if options.refuse_to_start and options.refuse_to_start.exists():
         sys.exit("RuntimeError: the device is gone")
+    start_as(options.mode)
     count, lock = 0, threading.Lock()
 
     def reply(path: str, body: Any) -> Reply:
@@ -162,7 +190,7 @@ def main() -> None:
         return echo(path, body)
 
     server = FakeServer(reply, options.port, options.served_model_name)
-    server.max_model_len = options.max_model_len
+    server.max_model_len, server.mode = options.max_model_len, options.mode
     server.serve_forever()
 
 

@@ -22,13 +22,12 @@ from specflow.config import Serve
 from specflow.errors import RetryableError, UserError
 from specflow.serving.engines import Install, Launch, find_install, launch
 from specflow.serving.server import Endpoint, attach, check_context, check_port, free_port, running
-from tests import ROOT
-
-FAKE = ROOT / "tests" / "fake_server.py"
+from tests import fake_engine
 
 
 def fake(port: int, mode: str = "good", model: str = "tiny") -> Launch:
-    return Launch([sys.executable, str(FAKE), str(port), model, mode])
+    words = {"port": port, "served-model-name": model, "max-model-len": 512, "mode": mode}
+    return Launch([sys.executable, fake_engine.__file__, *(f"--{word}={value}" for word, value in words.items())])
 
 
 @contextlib.contextmanager
