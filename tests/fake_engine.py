@@ -156,6 +156,14 @@ def start_as(mode: str) -> None:
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)  # grandchild"])
 
 
+def first_to_make(path: Path) -> bool:
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
@@ -178,9 +186,7 @@ def main() -> None:
         with lock:
             count += 1
             limit = options.die_after or options.hang_after
-            if limit and count > limit and not (options.once and options.once.exists()):
-                if options.once:
-                    options.once.touch()
+            if limit and count > limit and (options.once is None or first_to_make(options.once)):
                 if options.die_after:
                     os._exit(9)
                 time.sleep(3600)
