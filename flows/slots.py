@@ -1,7 +1,7 @@
 """Admission: a stage that needs GPUs first takes that many slots of the server's global concurrency limit `gpu`.
 
-Slots count, they do not pick a device; the stage's own process leases devices (specflow/gpus/nvml.py) and is what makes
-sharing one impossible. So a lease that cannot be renewed costs a warning here, never a running stage.
+Slots count, they do not pick a device; the stage's own process leases devices (specflow/gpus/leases.py), which is what
+makes sharing one impossible. So a lease that cannot be renewed costs a warning here, never a running stage.
 
 prefect.concurrency.sync.concurrency would do, but for three things: it waits as long as the server says (up to 39 s
 between tries), it cannot be interrupted, and it hides the id of its lease, so that the slots of a flow killed with -9
