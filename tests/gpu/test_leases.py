@@ -18,8 +18,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not nvml.has_gpus(), reason="n
 LEASED = """
 import json, logging, sys, time
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-from specflow import leases
-from specflow.resources import Resources
+from specflow.gpus import leases
+from specflow.gpus.resources import Resources
 with leases.lease(Resources(1, declared=True), "sample@real") as lease:
     import torch
     matrix = torch.randn(8192, 8192, device="cuda")
