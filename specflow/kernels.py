@@ -1,4 +1,5 @@
-"""Matrix products on CPU through oneDNN, for inference (prepacked weights) and for training (autograd).
+"""Matrix products on CPU through oneDNN, for inference (prepacked weights) and for training (autograd), and the few
+operations whose gradients torch makes slow.
 
 The fp32 GEMM that torch picks on x86 (MKL) is slow for the few rows of a verification step on every CPU, and on AMD
 CPUs it also leaves AVX-512 unused: measured here, 190 GFLOP/s against oneDNN's 440. On any other device, dtype or build
@@ -7,6 +8,7 @@ these functions are torch's own; callers need not know.
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _PACKABLE = (torch.float32, torch.bfloat16)
 
 
@@ -53,6 +56,62 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     if _ONEDNN and a.device.type == "cpu" and a.dtype == b.dtype == torch.float32:
         return _product(a, b.t())
     return a @ b
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        normed = x * scale
+        ctx.save_for_backward(normed, scale, weight)
+        return normed * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        normed, scale, weight = ctx.saved_tensors
+        product = grad * normed
+        grad_weight = product.sum(0)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, None
+        along = torch.mv(product, weight).div_(weight.numel())[:, None]
+        return (grad * weight).addcmul_(normed, along, value=-1).mul_(scale), grad_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [rows, n] / RMS(x) * weight [n]. While training on a CPU with half the passes of torch's own, which has no
+    kernel for the gradient there.
+    """
+    if x.device.type == "cpu" and x.dtype == weight.dtype and torch.is_grad_enabled():
+        return _RmsNorm.apply(x, weight, eps)
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = x.shape
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).index_copy_(0, rows, grad), None
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows] for `rows` that are all different: the gradient is copied, where that of an index adds row by row."""
+    return _TakeRows.apply(x, rows)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, where the C library is glibc: temporaries of megabytes are otherwise given
+    back and their pages faulted in anew, 28,000 a training step of the demo's model, a tenth of its time.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the highest it takes
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 class PrepackedLinear(nn.Module):

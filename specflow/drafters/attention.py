@@ -78,19 +78,22 @@ class _CpuAttention(torch.autograd.Function):
         group = queries.shape[1] // keys.shape[1]
         all_keys, all_values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
         scale = queries.shape[-1] ** -0.5
-        diagonal = [_diagonal_scores(queries, key, scale) for key in own[:num_own]]
-        output, lse = torch.empty_like(queries), queries.new_empty(queries.shape[:2])
+        # all earlier rows of the document, the segment itself, then one own key after another
+        outputs = queries.new_zeros(2, *queries.shape)
+        scores = queries.new_full((2 + num_own, *queries.shape[:2]), -torch.inf)
         for s in prefix.segments:
             rows = slice(s.first, s.last)
-            parts = [_run(queries[rows], all_keys, all_values, *part, scale) for part in _parts(s)]
-            scores = torch.stack([part_lse for _, part_lse in parts] + [score[rows] for score in diagonal])
-            joint = scores.logsumexp(0)
-            lse[rows] = joint
-            weights = (scores - joint).exp()
-            total = sum(w[..., None] * out for w, (out, _) in zip(weights, parts, strict=False))
-            for w, value in zip(weights[len(parts) :], own[num_own:], strict=True):
-                total = total + w[..., None] * value[rows].repeat_interleave(group, 1)
-            output[rows] = total
+            for first, last, causal in _parts(s):
+                part = _run(queries[rows], all_keys, all_values, first, last, causal, scale)
+                outputs[int(causal), rows], scores[int(causal), rows] = part
+        for score, key in zip(scores[2:], own[:num_own], strict=True):
+            score.copy_(_diagonal_scores(queries, key, scale))
+        lse = scores.logsumexp(0)
+        weights = (scores - lse).exp_()[..., None]
+        output = (weights[0] * outputs[0]).addcmul_(weights[1], outputs[1])
+        grouped = (queries.shape[0], keys.shape[1], group, -1)
+        for w, value in zip(weights[2:], own[num_own:], strict=True):
+            output.view(grouped).addcmul_(w.view(grouped), value[:, :, None])
         ctx.save_for_backward(queries, keys, values, output, lse, *own)
         ctx.prefix, ctx.num_own = prefix, num_own
         return output

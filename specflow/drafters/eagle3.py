@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from specflow.drafters.attention import Prefix, ttt_attention
+from specflow.drafters.rotary import Rotary
 from specflow.errors import UserError
 from specflow.files import atomic_path, read_json, write_json
-from specflow.kernels import linear
+from specflow.kernels import linear, rms_norm, take_rows
 
 
 class Eagle3Config(BaseModel):
@@ -68,7 +69,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
@@ -79,45 +80,6 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
-
-
-class Rotary(nn.Module):
-    """Tables of cos and sin by position, from the target's own RoPE parameters (transformers computes them)."""
-
-    def __init__(self, config: Eagle3Config) -> None:
-        super().__init__()
-        from transformers import LlamaConfig
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-        kind = config.rope_parameters.get("rope_type", "default")
-        if kind in ("dynamic", "longrope"):
-            raise UserError(
-                f"target uses RoPE type {kind!r}, whose angles change with the length: not supported by the draft"
-            )
-        llama = LlamaConfig(
-            hidden_size=config.hidden_size,
-            num_attention_heads=config.num_attention_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_position_embeddings,
-            rope_parameters=dict(config.rope_parameters),
-        )
-        with torch.device("cpu"):  # also when the draft itself is built on the meta device
-            self._source = [LlamaRotaryEmbedding(llama)]  # in a list: its buffers are no part of the state
-        self.register_buffer("cos", torch.empty(0, config.head_dim), persistent=False)
-        self.register_buffer("sin", torch.empty(0, config.head_dim), persistent=False)
-
-    def reserve(self, length: int) -> None:
-        """Fill the tables up to `length` positions."""
-        if self.cos.shape[0] < length:
-            positions = torch.arange(max(length, 2 * self.cos.shape[0]))[None]
-            cos, sin = self._source[0](torch.zeros(1, dtype=torch.float32), positions)
-            self.cos, self.sin = cos[0].to(self.cos), sin[0].to(self.sin)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate x [n, heads, head_dim] by cos, sin [n, head_dim] (half-split layout)."""
-        left, right = x.chunk(2, dim=-1)
-        turned = x * cos[:, None] + torch.cat((-right, left), dim=-1) * sin[:, None]
-        return turned.to(x.dtype)  # the tables are fp32, also under bf16 autocast
 
 
 class DraftCache:
@@ -232,9 +194,9 @@ class Eagle3Draft(nn.Module):
 
     def _query_key_value(self, embeddings: Tensor, hidden: Tensor, at: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Heads [n, heads, head_dim] of n rows, query and key turned to positions `at` of the reserved tables."""
-        x, cos, sin = self._inputs(embeddings, hidden), self.rotary.cos[at], self.rotary.sin[at]
+        x = self._inputs(embeddings, hidden)
         query, key, value = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        return self.rotary(query, cos, sin), self.rotary(key, cos, sin), value
+        return self.rotary(query, at), self.rotary(key, at), value
 
     def _finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Rest of the layer after attention [n, q_size]: residuals around o_proj and the MLP."""
@@ -253,24 +215,23 @@ class Eagle3Draft(nn.Module):
         num_steps = rows.tokens.shape[0]
         self.rotary.reserve(int(rows.positions.max()) + num_steps + 1)
         features = self.project(rows.aux)
-        cos, sin = self.rotary.cos, self.rotary.sin
         at = rows.positions
         context = self._inputs(F.embedding(rows.tokens[0], embedding).to(features.dtype), features)
-        keys = self.rotary(self._heads(self.k_proj(context)), cos[at], sin[at])
+        keys = self.rotary(self._heads(self.k_proj(context)), at)
         values = self._heads(self.v_proj(context))
 
-        hidden, x, at = features[rows.queries], context[rows.queries], at[rows.queries]
+        hidden, x = take_rows(features, rows.queries), take_rows(context, rows.queries)
+        at = at[rows.queries]
         own_keys: list[Tensor] = []
         own_values: list[Tensor] = []
         steps = []
         for k in range(num_steps):
-            turn_cos, turn_sin = cos[at + k], sin[at + k]
             if k > 0:
                 tokens = rows.tokens[k][rows.queries]
                 x = self._inputs(F.embedding(tokens, embedding).to(features.dtype), hidden)
-                own_keys.append(self.rotary(self._heads(self.k_proj(x)), turn_cos, turn_sin))
+                own_keys.append(self.rotary(self._heads(self.k_proj(x)), at + k))
                 own_values.append(self._heads(self.v_proj(x)))
-            queries = self.rotary(self._heads(self.q_proj(x)), turn_cos, turn_sin)
+            queries = self.rotary(self._heads(self.q_proj(x)), at + k)
             attended = ttt_attention(queries, keys, values, own_keys, own_values, rows.prefix)
             hidden = self._finish(hidden, attended.reshape(hidden.shape[0], -1))
             steps.append(hidden)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from specflow.drafters.eagle3 import Eagle3Draft, Linear
+from specflow.drafters.rotary import rotate
 from specflow.kernels import PrepackedLinear, fast_bf16, packable
 
 
@@ -59,7 +60,6 @@ class PreparedDraft(Eagle3Draft):
         self.gate_up_proj = pack("gate_proj", "up_proj", scale=draft.post_attention_layernorm.weight)
         self.lm_head = pack("lm_head", scale=None if self.config.norm_output else draft.norm.weight)
         self.o_proj, self.down_proj, self.fc = pack("o_proj"), pack("down_proj"), pack("fc")
-        self._signed_sin = torch.empty(0, self.config.head_dim)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden if self.config.norm_output else self._scaled(hidden))
@@ -73,12 +73,7 @@ class PreparedDraft(Eagle3Draft):
         x = self._scaled(torch.cat((embeddings, hidden), dim=-1).view(n, 2, -1)).view(n, -1)
         heads = self.qkv_proj(x).view(n, -1, c.head_dim)
         rotated = c.num_attention_heads + c.num_key_value_heads
-        if len(self._signed_sin) < len(self.rotary.sin):  # the sine with rotate_half's sign
-            half = self.rotary.sin[:, : c.head_dim // 2]
-            self._signed_sin = torch.cat((-half, half), dim=-1)
-        cos, signed_sin = self.rotary.cos[at][:, None], self._signed_sin[at][:, None]
-        query_key = heads[:, :rotated]
-        query_key = torch.addcmul(query_key * cos, query_key.roll(c.head_dim // 2, -1), signed_sin)
+        query_key = rotate(heads[:, :rotated], self.rotary.cos[at], self.rotary.signed_sin[at])
         return query_key[:, : c.num_attention_heads], query_key[:, c.num_attention_heads :], heads[:, rotated:]
 
     def _finish(self, hidden: Tensor, attended: Tensor) -> Tensor:

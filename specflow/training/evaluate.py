@@ -9,8 +9,10 @@ from torch import Tensor
 
 from specflow.drafters.eagle3 import Eagle3Draft
 from specflow.kernels import matmul
-from specflow.training.losses import CHUNK_ROWS
 from specflow.training.packing import Batch
+
+CHUNK_ROWS = 512
+"""Rows whose logits exist at a time."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from specflow.config import Train
 from specflow.drafters.eagle3 import Eagle3Draft
 from specflow.errors import UserError
+from specflow.kernels import keep_freed_memory, take_rows
 from specflow.paths import Log
 from specflow.training.checkpoint import Checkpoints, Progress
 from specflow.training.evaluate import Expectation, count_survivors, expectation, target_choices
@@ -49,6 +50,7 @@ class Trainer:
     device: torch.device
 
     def __post_init__(self) -> None:
+        keep_freed_memory()
         c = self.config
         # by id, so that the order of training does not depend on where the states come from
         self.train_rows, self.eval_rows = (
@@ -140,9 +142,9 @@ class Trainer:
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
         sums = [self._backward(batch.to(self.device), weights) for batch in group]
-        norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), c.clip_grad_norm)
-        if not torch.isfinite(norm):
-            raise UserError(f"{self.stage}: gradient norm is {norm.item()} at step {step}: lower train.lr")
+        norm = self._clip()
+        if not math.isfinite(norm):
+            raise UserError(f"{self.stage}: gradient norm is {norm} at step {step}: lower train.lr")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         loss = [sum(s.loss[k].item() for s in sums) / max(count, 1) for k, count in enumerate(counts)]
@@ -152,14 +154,26 @@ class Trainer:
             **{f"loss_{k}": value for k, value in enumerate(loss)},
             **{f"match_{k}": value for k, value in enumerate(match)},
             "lr": lr,
-            "grad_norm": norm.item(),
+            "grad_norm": norm,
         }
+
+    def _clip(self) -> float:
+        """Scale gradients to `clip_grad_norm` where they are longer; return how long they were."""
+        parameters = list(self.draft.parameters())
+        norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+        length = norm.item()
+        if length > self.config.clip_grad_norm:  # a pass over all gradients
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad_norm, norm)
+        return length
 
     def _backward(self, batch: Batch, weights: list[float]) -> StepSums:
         bf16 = self.device.type == "cuda"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             steps = self.unroll(batch.rows, self.embedding)
-            normed = [self.draft.head_input(hidden[rows]) for hidden, rows in zip(steps, batch.supervised, strict=True)]
+            normed = [
+                self.draft.head_input(take_rows(hidden, rows))
+                for hidden, rows in zip(steps, batch.supervised, strict=True)
+            ]
             normed = [x.to(torch.bfloat16) if bf16 else x for x in normed]
         teacher = Teacher(
             states=batch.teacher_states.to(self.teacher_head.dtype),

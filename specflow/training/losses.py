@@ -16,7 +16,10 @@ from torch import Tensor
 
 from specflow.kernels import matmul
 
-CHUNK_ROWS = 512
+CHUNK_LOGITS = {"cpu": 960 * 8192, "cuda": 64 << 20}
+"""Draft logits (fp32) of all steps that exist at a time. On a CPU below the 32 MB that `keep_freed_memory` can keep."""
+CACHED_VALUES = 1 << 18
+"""Logits of a block on a CPU: 1 MB, as half of a core's second-level cache holds with the teacher's beside them."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,11 @@ def ttt_loss(
     *,
     loss: Literal["kl", "lk_hybrid"] = "kl",
     eta: float = 3.0,
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_rows: int | None = None,
 ) -> tuple[Tensor, StepSums]:
     """Weighted sum of per-row losses over all steps, differentiable in `hidden` and `head`, and its unweighted parts.
+
+    `chunk_rows`: rows of all steps computed at a time; None: as CHUNK_LOGITS allows.
 
     hidden[k] [R_k, H]: normed states of the rows supervised at step k; teacher_rows[k] [R_k] int64 ascending: the
     teacher position each of them predicts; head [D, H]; weights[k]: decay**k / number of supervised rows of the whole
@@ -64,6 +69,8 @@ def ttt_loss(
     lk_hybrid (arXiv 2602.23881): w * kl + (1 - w) * (1 - alpha), alpha = sum min(target_probs, draft_probs) with
     full-vocabulary target_probs, w = exp(-eta * alpha) held constant.
     """
+    if chunk_rows is None:
+        chunk_rows = CHUNK_LOGITS[head.device.type] // len(head)
     sums = torch.zeros(3, len(hidden), dtype=torch.float64, device=head.device)
     total: Tensor = _FusedLoss.apply(  # type: ignore[no-untyped-call]
         head, teacher, teacher_rows, (weights, loss, eta, chunk_rows), sums, *hidden
@@ -83,31 +90,38 @@ class _FusedLoss(torch.autograd.Function):
         *hidden: Tensor,
     ) -> Tensor:
         weights, loss, eta, chunk_rows = settings
-        num_positions = teacher.states.shape[0]
-        edges = torch.tensor([*range(0, num_positions, chunk_rows), num_positions], device=head.device)
-        bounds = [torch.searchsorted(rows, edges).tolist() for rows in teacher_rows]
-        grad_head = torch.zeros_like(head)
+        num_positions, num_steps = teacher.states.shape[0], len(hidden)
+        # rows of all steps share their products; a position has at most one row a step
+        stride = max(1, chunk_rows // num_steps)
+        edges = torch.tensor([*range(0, num_positions, stride), num_positions], device=head.device)
+        bounds = torch.stack([torch.searchsorted(rows, edges) for rows in teacher_rows]).tolist()
+        grad_head = torch.zeros(head.shape[::-1], dtype=head.dtype, device=head.device)  # [H, D]
         grad_hidden = [torch.empty_like(h) for h in hidden]
         compute_head = head.to(hidden[0].dtype)  # bf16 products under autocast, gradients of the head summed in fp32
-        for chunk, start in enumerate(range(0, num_positions, chunk_rows)):
-            stop = min(start + chunk_rows, num_positions)
-            probs, full_probs = _teacher_probs(teacher, start, stop, full=loss == "lk_hybrid")
-            for k, (states, rows) in enumerate(zip(hidden, teacher_rows, strict=True)):
-                first, last = bounds[k][chunk : chunk + 2]
-                if first == last:
-                    continue
-                local = slice(None) if last - first == stop - start else rows[first:last] - start
-                logits = matmul(states[first:last], compute_head.t()).float()
-                full = None if full_probs is None else full_probs[local]
-                row_loss, grad, best = _rows_loss(logits, probs[local], full, eta)
-                grad = grad.mul_(weights[k]).to(states.dtype)
-                grad_hidden[k][first:last] = matmul(grad, compute_head)
-                grad_head += matmul(grad.t(), states[first:last])
-                sums[0, k] += row_loss
-                if teacher.labels is not None:
-                    sums[1, k] += (best == teacher.labels[rows[first:last]]).sum()
-                sums[2, k] += last - first
-        ctx.save_for_backward(grad_head, *grad_hidden)
+        for chunk, start in enumerate(range(0, num_positions, stride)):
+            stop = min(start + stride, num_positions)
+            spans = [slice(*bound[chunk : chunk + 2]) for bound in bounds]
+            sizes = [span.stop - span.start for span in spans]
+            if not sum(sizes):
+                continue
+            states = torch.cat([h[span] for h, span in zip(hidden, spans, strict=True)])
+            positions = torch.cat([rows[span] for rows, span in zip(teacher_rows, spans, strict=True)])
+            logits = matmul(states, compute_head.t()).float()
+            labels = None if teacher.labels is None else teacher.labels[positions]
+            probs = _teacher_probs(teacher, start, stop, loss)
+            row_loss, match = _rows_loss(logits, probs, positions - start, labels, eta)
+            for part, weight in zip(torch.split(logits, sizes), weights, strict=True):
+                part *= weight  # the logits are their own gradient by now
+            grad = logits.to(states.dtype)
+            grad_states = torch.split(matmul(grad, compute_head), sizes)
+            for into, span, part in zip(grad_hidden, spans, grad_states, strict=True):
+                into[span] = part
+            grad_head += matmul(states.t(), grad)  # its left operand, which is copied, is the narrow one
+            for k, parts in enumerate(zip(torch.split(row_loss, sizes), torch.split(match, sizes), strict=True)):
+                sums[0, k] += parts[0].sum(dtype=torch.float64)
+                sums[1, k] += parts[1].sum()
+                sums[2, k] += sizes[k]
+        ctx.save_for_backward(grad_head.t().contiguous(), *grad_hidden)
         return (sums[0] * torch.tensor(weights, device=sums.device)).sum().to(head.dtype)
 
     @staticmethod
@@ -116,11 +130,13 @@ class _FusedLoss(torch.autograd.Function):
         return grad_head * grad, None, None, None, None, *(g * grad.to(g.dtype) for g in grad_hidden)
 
 
-def _teacher_probs(teacher: Teacher, start: int, stop: int, *, full: bool) -> tuple[Tensor, Tensor | None]:
-    """Target probabilities [c, D] of a chunk: renormalised over the draft vocabulary, and as shares of the full one."""
+def _teacher_probs(teacher: Teacher, start: int, stop: int, loss: str) -> tuple[Tensor, Tensor | None]:
+    """Target probabilities [c, D] of a chunk: renormalised over the draft vocabulary, and for lk_hybrid as shares of
+    the full one.
+    """
     states = teacher.states[start:stop]
     logits = matmul(states, teacher.head.t()).float()
-    if not full:
+    if loss == "kl":
         return logits.softmax(-1), None
     if teacher.full_head is None:
         raise ValueError("lk_hybrid needs the target's full head")
@@ -128,22 +144,43 @@ def _teacher_probs(teacher: Teacher, start: int, stop: int, *, full: bool) -> tu
     return logits.softmax(-1), (logits - log_total).exp()
 
 
-def _rows_loss(logits: Tensor, probs: Tensor, full_probs: Tensor | None, eta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed loss (float64 scalar), its gradient in the logits [c, D] (written over `logits`), and the argmax [c]."""
-    peak, best = logits.max(-1, keepdim=True)
-    logits -= peak
-    cross = -torch.linalg.vecdot(probs, logits)
-    exp = logits.exp_()
-    mass = exp.sum(-1, keepdim=True)
-    kl = cross + mass.log().squeeze(-1)
-    draft_probs = exp.div_(mass)
+def _rows_loss(
+    logits: Tensor, teacher_probs: tuple[Tensor, Tensor | None], positions: Tensor, labels: Tensor | None, eta: float
+) -> tuple[Tensor, Tensor]:
+    """Loss [R] of each row and whether its likeliest token is its label [R]; writes the loss's gradient in the logits
+    [R, D] over them.
+
+    `positions` [R]: row of `teacher_probs` that each row predicts. On a CPU in blocks of rows that stay in its cache:
+    there are a dozen passes over them.
+    """
+    num_rows, width = logits.shape
+    block = num_rows if logits.device.type != "cpu" else max(1, CACHED_VALUES // width)
+    losses, match = logits.new_empty(num_rows), torch.zeros(num_rows, dtype=torch.bool, device=logits.device)
+    for rows in (slice(i, i + block) for i in range(0, num_rows, block)):
+        part = logits[rows]
+        part -= part.amax(-1, keepdim=True)
+        if labels is not None:
+            likeliest = part.gather(-1, labels[rows, None].clamp(min=0)).squeeze(-1) == 0
+            match[rows] = likeliest & (labels[rows] >= 0)
+        probs, full_probs = teacher_probs
+        at = positions[rows]
+        losses[rows] = _loss_of(part, probs[at], None if full_probs is None else full_probs[at], eta)
+    return losses, match
+
+
+def _loss_of(logits: Tensor, probs: Tensor, full_probs: Tensor | None, eta: float) -> Tensor:
+    """Loss [c] of logits [c, D] whose largest is 0 in each row; its gradient is written over them."""
+    draft_probs = logits.softmax(-1)
+    # the logarithm of the sum of exponentials is that of 1 / the largest probability
+    kl: Tensor = -torch.linalg.vecdot(probs, logits) - draft_probs.amax(-1).log()
     if full_probs is None:
-        return kl.sum(dtype=torch.float64), draft_probs.sub_(probs), best.squeeze(-1)
+        torch.sub(draft_probs, probs, out=logits)
+        return kl
     alpha = torch.minimum(full_probs, draft_probs).sum(-1)
     w = torch.exp(-eta * alpha)
-    value = w * kl + (1 - w) * (1 - alpha)
     # d(1 - alpha)/d logits = -draft_probs * (below - sum(draft_probs * below)), below = [draft_probs < full_probs]
     below = (draft_probs < full_probs).to(logits.dtype)
     tv_grad = -draft_probs * (below - (draft_probs * below).sum(-1, keepdim=True))
-    grad = w[:, None] * (draft_probs - probs) + (1 - w)[:, None] * tv_grad
-    return value.sum(dtype=torch.float64), grad, best.squeeze(-1)
+    torch.add(w[:, None] * (draft_probs - probs), (1 - w)[:, None] * tv_grad, out=logits)
+    value: Tensor = w * kl + (1 - w) * (1 - alpha)
+    return value
