@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specflow.kernels import matmul
 
-CHUNK_LOGITS = {"cpu": 960 * 8192, "cuda": 64 << 20}
+CHUNK_LOGITS = {"cpu": 960 * 8192, "cuda": 32 << 20}
 """Draft logits (fp32) of all steps that exist at a time. On a CPU below the 32 MB that `keep_freed_memory` can keep."""
 CACHED_VALUES = 1 << 18
 """Logits of a block on a CPU: 1 MB, as half of a core's second-level cache holds with the teacher's beside them."""
