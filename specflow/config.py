@@ -127,6 +127,10 @@ class Train(Section):
     """Folder of an EAGLE-3 draft to continue from: exported by specflow, or by SpecForge, AngelSlim, speculators or
     EAGLE's own trainer (export/imports.py).
     """
+    init_from_sha256: str | None = None
+    """Digest of that folder's weights file, verified. DVC sees the name of the folder alone: with the digest, other
+    weights at the same place are another parameter.
+    """
     intermediate_size: Count | None = None
     """Width of the draft's MLP; default the target's."""
     epochs: Annotated[int, Field(ge=0)] = 2
@@ -154,6 +158,8 @@ class Train(Section):
     def _check(self) -> Train:
         if self.epochs == 0 and self.init_from is None:
             raise ValueError("train.epochs is 0, which takes the draft of train.init_from as it is: name one")
+        if self.init_from_sha256 is not None and self.init_from is None:
+            raise ValueError("train.init_from_sha256 is the digest of the draft in train.init_from: name one")
         return self
 
 

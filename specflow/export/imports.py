@@ -50,18 +50,24 @@ def read_draft(folder: Path, facts: TargetFacts, cache: Path) -> tuple[Eagle3Dra
     return draft.eval(), notes
 
 
+def weights_file(folder: Path) -> Path:
+    """The file of `folder` that a draft's weights are read from. Raises UserError where there is none."""
+    for name in _WEIGHTS:
+        if (folder / name).exists():
+            return folder / name
+    raise UserError(f"{folder} has neither {_WEIGHTS[0]} nor {_WEIGHTS[1]}: name the folder of an EAGLE-3 draft")
+
+
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    safe, pickled = (folder / name for name in _WEIGHTS)
+    path = weights_file(folder)
     try:
-        if safe.exists():
-            return load_file(safe)
-        if pickled.exists():
-            loaded: dict[str, Tensor] = torch.load(pickled, map_location="cpu", weights_only=True)
-            return loaded
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        return loaded
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:  # cut off, or more than tensors
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the weights in {folder} cannot be read ({reason}): fetch the draft again") from None
-    raise UserError(f"{folder} has neither {_WEIGHTS[0]} nor {_WEIGHTS[1]}: name the folder of an EAGLE-3 draft")
 
 
 def _strip(name: str) -> str:

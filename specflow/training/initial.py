@@ -12,6 +12,7 @@ from specflow.config import Family, Train
 from specflow.data.vocab import read_vocab
 from specflow.drafters.eagle3 import Eagle3Config, Eagle3Draft
 from specflow.errors import UserError
+from specflow.files import sha256_file
 from specflow.targets.model import TargetFacts, load_lm_head, load_tensor, tensor_names
 
 logger = logging.getLogger("specflow")
@@ -62,10 +63,18 @@ def _continued(
 
     Without epochs it stays as it is.
     """
-    from specflow.export.imports import read_draft
+    from specflow.export.imports import read_draft, weights_file
 
     folder = Path(str(train.init_from))
     old, notes = read_draft(folder, facts, cache)
+    digest = sha256_file(weights_file(folder))
+    if train.init_from_sha256 is None:
+        notes.append(f"to train again when these weights change, add train.init_from_sha256: {digest}")
+    elif train.init_from_sha256.lower() != digest:
+        raise UserError(
+            f"train.init_from {folder} has weights of sha256 {digest}, expected {train.init_from_sha256}: name the "
+            "folder that is meant, or correct train.init_from_sha256"
+        )
     for note in notes:
         logger.info("init_from: %s", note)
     c = old.config

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 
 import torch
 
 from specflow.config import Family, Params
-from specflow.drafters.eagle3 import save_draft
+from specflow.drafters.eagle3 import Eagle3Draft, save_draft
 from specflow.extract.capture import resolve_aux_layer_ids
 from specflow.files import read_jsonl, sha256_file, sha256_json, write_json
 from specflow.hidden_states import Expected, HiddenStateStore
@@ -56,16 +57,8 @@ def _train(
     features: Features,
     data_digest: str,
 ) -> dict[str, float]:
-    key = sha256_json(
-        [
-            stage,
-            family.train.model_dump(),
-            data_digest,
-            sha256_file(paths.vocab / "vocab.safetensors"),
-            facts.digest,
-        ]
-    )
     draft = initial_draft(facts, family, paths.cache, paths.vocab, resolve_aux_layer_ids(facts, family.extract))
+    key = sha256_json([stage, family.train.model_dump(), data_digest, weights_digest(draft), facts.digest])
     trainer = Trainer(
         stage=stage,
         draft=draft,
@@ -83,6 +76,15 @@ def _train(
     write_json(paths.plot("training.json"), progress.curves["training"], indent=None)
     write_json(paths.plot("eval.json"), progress.curves["eval"], indent=None)
     return _headline(trainer, progress)
+
+
+def weights_digest(draft: Eagle3Draft) -> str:
+    """sha256 of a draft's tensors with their names: what a run starts from, wherever it was read."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(draft.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
 
 
 def _say_plan(trainer: Trainer) -> None:

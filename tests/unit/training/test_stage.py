@@ -12,7 +12,7 @@ from specflow.drafters.eagle3 import load_draft
 from specflow.errors import UserError
 from specflow.export.speculators import save_speculators
 from specflow.extract import stage as extract
-from specflow.files import read_json
+from specflow.files import read_json, sha256_file
 from specflow.targets.model import load_lm_head, load_model, load_tensor
 from specflow.training import stage
 from specflow.training.initial import copy_from_target, initial_draft
@@ -156,6 +156,15 @@ def test_an_earlier_draft_without_epochs_is_evaluated_as_it_is(tmp_path, target)
     project.settings["families"]["tiny"]["extract"]["aux_layer_ids"] = [2, 3, 5]
     project.params = parse_params(project.settings)
     project.run(extract)
+    project.settings["families"]["tiny"]["train"]["init_from_sha256"] = "0" * 64
+    project.params = parse_params(project.settings)
+    digest = sha256_file(tmp_path / "theirs" / "model.safetensors")
+    with pytest.raises(
+        UserError, match=rf"has weights of sha256 {digest}, expected 0000.* correct train.init_from_sha"
+    ):
+        project.run(OFFLINE)
+    project.settings["families"]["tiny"]["train"]["init_from_sha256"] = digest
+    project.params = parse_params(project.settings)
     metrics = project.run(OFFLINE)
     kept = load_draft(project.paths.draft)
     assert kept.config == theirs.config
@@ -171,6 +180,25 @@ def test_an_earlier_draft_without_epochs_is_evaluated_as_it_is(tmp_path, target)
     assert load_draft(project.paths.draft).config.draft_vocab_size == 64
     losses = [point["loss"] for point in curves(project)[0]]
     assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_other_weights_in_the_same_folder_do_not_resume_the_old_run(tmp_path, target):
+    facts = tiny_project(tmp_path / "facts", target).facts
+    theirs = tmp_path / "theirs"
+    drafts = []
+    for scale in (1.0, 0.5):
+        earlier = make_draft(facts)
+        with torch.no_grad():
+            earlier.fc.weight.mul_(scale)
+        save_speculators(earlier, facts, theirs, verifier="org/name", num_speculative_tokens=3)
+        if not drafts:
+            project = make_project(tmp_path / "project", target, init_from=str(theirs))
+            project.settings["families"]["tiny"]["extract"]["aux_layer_ids"] = [2, 3, 5]
+            project.params = parse_params(project.settings)
+            project.run(extract)
+        project.run(OFFLINE)
+        drafts.append(load_draft(project.paths.draft).fc.weight)
+    assert (drafts[0] - drafts[1]).abs().max() > 0.01  # the second run did not go on from the first one's checkpoint
 
 
 def test_no_epochs_and_no_draft_is_one_line(tmp_path):
