@@ -106,7 +106,7 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
 
 def keep_freed_memory() -> None:
     """Let this process keep what it frees, where the C library is glibc: temporaries of megabytes are otherwise given
-    back and their pages faulted in anew, 28,000 a training step of the demo's model, a tenth of its time.
+    back and their pages faulted in anew, which is a tenth of a training step of the demo and a fifth of a prefill.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):

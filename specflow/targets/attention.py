@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from specflow.kernels import PrepackedLinear, packable, prepack
+from specflow.kernels import PrepackedLinear, keep_freed_memory, packable, prepack
 from specflow.targets.model import decoder_of
 
 if TYPE_CHECKING:
@@ -143,12 +143,13 @@ def optimise_for_inference(model: PreTrainedModel) -> PreTrainedModel:
     """Make `model` as fast as it gets for few new tokens, in place, inference only; numerically the same function.
 
     On CPU in fp32 or bf16: prepacked products, q/k/v and gate/up fused where the architecture is plain, grouped
-    attention. Anywhere else the model is returned as it is.
+    attention, and the process keeps the memory it frees. Anywhere else the model is returned as it is.
     """
     decoder = decoder_of(model)
     first = next(decoder.parameters())
     if not packable(first):
         return model
+    keep_freed_memory()
     layers = list(decoder.layers)
     if all(type(layer.self_attn).__name__ in _PLAIN_ATTENTION for layer in layers):
         for layer in layers:
