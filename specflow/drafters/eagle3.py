@@ -164,7 +164,7 @@ class Eagle3Draft(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size)
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = Linear(c.hidden_size, c.draft_vocab_size)
-        self.rotary = Rotary(c)
+        self.rotary = Rotary(c.rope_parameters, c.head_dim, c.max_position_embeddings)
         self.register_buffer("d2t", torch.zeros(c.draft_vocab_size, dtype=torch.int64))
         self.register_buffer("t2d", torch.zeros(c.vocab_size, dtype=torch.bool))
         self._act = _activation(c.hidden_act)

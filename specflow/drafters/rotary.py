@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from specflow.errors import UserError
-
-if TYPE_CHECKING:
-    from specflow.drafters.eagle3 import Eagle3Config
 
 
 class _Rotate(torch.autograd.Function):
@@ -38,27 +35,25 @@ def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
 class Rotary(nn.Module):
     """Tables of cos and signed sin by position, from the target's own RoPE parameters (transformers computes them)."""
 
-    def __init__(self, config: Eagle3Config) -> None:
+    def __init__(self, rope_parameters: dict[str, Any], head_dim: int, max_position_embeddings: int) -> None:
         super().__init__()
         from transformers import LlamaConfig
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-        kind = config.rope_parameters.get("rope_type", "default")
+        kind = rope_parameters.get("rope_type", "default")
         if kind in ("dynamic", "longrope"):
             raise UserError(
                 f"target uses RoPE type {kind!r}, whose angles change with the length: not supported by the draft"
             )
         llama = LlamaConfig(
-            hidden_size=config.hidden_size,
-            num_attention_heads=config.num_attention_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_position_embeddings,
-            rope_parameters=dict(config.rope_parameters),
+            head_dim=head_dim,
+            max_position_embeddings=max_position_embeddings,
+            rope_parameters=dict(rope_parameters),
         )
         with torch.device("cpu"):  # also when the draft itself is built on the meta device
             self._source = [LlamaRotaryEmbedding(llama)]  # in a list: its buffers are no part of the state
-        self.register_buffer("cos", torch.empty(0, config.head_dim), persistent=False)
-        self.register_buffer("signed_sin", torch.empty(0, config.head_dim), persistent=False)
+        self.register_buffer("cos", torch.empty(0, head_dim), persistent=False)
+        self.register_buffer("signed_sin", torch.empty(0, head_dim), persistent=False)
 
     def reserve(self, length: int) -> None:
         """Fill the tables up to `length` positions."""
