@@ -90,6 +90,10 @@ class Sample(Section):
     """What a later turn sees of an earlier answer's thinking. False: what the template shows; where that drops it,
     every turn becomes a row of its own. True: all of it, so that a conversation stays one row.
     """
+    keep_states: bool = False
+    """Also keep the hidden states that the answers come from, on disk, until `extract` packs them and has no forward to
+    run. Both engines must be vllm, in servers of our own.
+    """
     seed: Seed = 0
 
 
@@ -281,6 +285,11 @@ class Family(Section):
                 raise ValueError(f"resources has unknown stage {stage!r}: {hint}")
         if self.sample.engine == "openai" and self.serve.url is None:
             raise ValueError("sample.engine openai needs serve.url, the server to ask")
+        if self.sample.keep_states and not (self.sample.engine == self.extract.engine == "vllm" and not self.serve.url):
+            raise ValueError(
+                "sample.keep_states needs sample.engine and extract.engine vllm and no serve.url, got "
+                f"{self.sample.engine}, {self.extract.engine} and {self.serve.url}: set them so, or set it to false"
+            )
         if self.data.max_prompt_tokens >= self.extract.max_length_tokens:
             raise ValueError(
                 f"data.max_prompt_tokens ({self.data.max_prompt_tokens}) must be below "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -261,11 +261,18 @@ class ShardWriter:
     """Copies captured states to the host and writes shards in a thread, behind a bounded queue.
 
     Use as a context manager: leaving it waits for what is queued. An error in the thread surfaces at the next `put` or
-    at the end. `done` holds the finished shards by number.
+    at the end. `done` holds the finished shards by number; `written` is told of each, in the thread.
     """
 
-    def __init__(self, folder: Path, dtype: str, *, max_pending: int = 4) -> None:
-        self.folder, self.dtype = folder, dtype
+    def __init__(
+        self,
+        folder: Path,
+        dtype: str,
+        *,
+        max_pending: int = 4,
+        written: Callable[[PlannedShard], None] = lambda shard: None,
+    ) -> None:
+        self.folder, self.dtype, self.written = folder, dtype, written
         self.done: dict[int, ShardInfo] = {}
         self._error: BaseException | None = None
         self._queue: queue.Queue[Captured | None] = queue.Queue(max_pending)
@@ -299,6 +306,7 @@ class ShardWriter:
                 filled = _fill(tensors, item, filled, self.dtype)
                 if filled == item.shard.num_tokens:
                     self.done[item.shard.number] = item.shard.write(self.folder, tensors)
+                    self.written(item.shard)
                     tensors = {}
             except BaseException as error:
                 self._error = error

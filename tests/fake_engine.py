@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -164,6 +165,19 @@ def first_to_make(path: Path) -> bool:
     return True
 
 
+def states(folder: Path, prompt: list[int], lost: bool) -> Any:
+    """What an answer says of the file that it leaves in `folder`: four layers of width 16, every value the token."""
+    import torch
+    from safetensors.torch import save_file
+
+    file = folder / f"{uuid.uuid4()}.safetensors"
+    file.with_name(f"{file.name}.lock").touch()
+    if not lost:
+        tokens = torch.tensor(prompt)
+        save_file({"token_ids": tokens, "hidden_states": tokens[:, None, None].expand(-1, 4, 16).float().clone()}, file)
+    return {"kv_transfer_params": {"hidden_states_path": str(file)}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
@@ -175,6 +189,8 @@ def main() -> None:
     parser.add_argument("--once", type=Path, help="do that only where this file is not there, and write it")
     parser.add_argument("--refuse-to-start", type=Path, help="die at the start where this file is there")
     parser.add_argument("--answered", type=Path, help="file to which each answer adds the process id")
+    parser.add_argument("--kv-transfer-config", type=json.loads, help="write states of each prompt, as vLLM does")
+    parser.add_argument("--lose-states", type=int, default=0, help="of that many answers the file is never written")
     options, _ = parser.parse_known_args()
     if options.refuse_to_start and options.refuse_to_start.exists():
         sys.exit("RuntimeError: the device is gone")
@@ -193,7 +209,12 @@ def main() -> None:
             if options.answered:
                 with options.answered.open("a") as stream:
                     stream.write(f"{os.getpid()}\n")
-        return echo(path, body)
+            number = count
+        status, answer = echo(path, body)
+        if options.kv_transfer_config:
+            folder = Path(options.kv_transfer_config["kv_connector_extra_config"]["shared_storage_path"])
+            answer |= states(folder, body["prompt"], lost=number <= options.lose_states)
+        return status, answer
 
     server = FakeServer(reply, options.port, options.served_model_name)
     server.max_model_len, server.mode = options.max_model_len, options.mode

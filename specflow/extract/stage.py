@@ -22,6 +22,7 @@ from tqdm import tqdm
 from specflow.errors import UserError
 from specflow.extract import vllm
 from specflow.extract.capture import SampleRow, StateCapture, plan_batches, resolve_aux_layer_ids, select_rows
+from specflow.extract.parked import ParkedStates
 from specflow.files import read_jsonl, sha256_file, sha256_json, write_json
 from specflow.hidden_states import (
     Captured,
@@ -54,7 +55,7 @@ def run(name: str, family: Family, params: Params, paths: Paths, log: Log, share
     done = work.finished(share)
     missing = [shard for shard in work.shards if shard.number not in done]
     share.check_nothing_left("extract", sum(len(shard.rows) for shard in missing))
-    captured, tok_s = work.capture(missing)
+    captured, measured = work.capture(missing)
     done |= captured
     manifest = Manifest(
         family=name,
@@ -72,6 +73,8 @@ def run(name: str, family: Family, params: Params, paths: Paths, log: Log, share
         rows=[row for shard in work.shards for row in shard.rows],
     )
     write_json(paths.manifest, manifest.model_dump(mode="json"), indent=None)
+    if work.parked is not None:
+        work.parked.clear()  # of rows that are not in the store
     return {
         **work.counts,
         "captured_rows": len(work.kept),
@@ -79,12 +82,12 @@ def run(name: str, family: Family, params: Params, paths: Paths, log: Log, share
         "shards": len(work.shards),
         "resumed_shards": len(work.shards) - len(missing),
         "bytes": sum(shard.bytes for shard in manifest.shards),
-        "tok_s": tok_s,
+        **measured,
     }
 
 
 def run_share(name: str, family: Family, params: Params, paths: Paths, share: Share) -> dict[str, float]:
-    """Capture the shard files of one share into the store; returns its speed.
+    """Capture the shard files of one share into the store; returns what it measured.
 
     A file is the unit because no batch crosses one: what is computed side by side, and with it every rounding, is the
     same in however many processes.
@@ -92,8 +95,7 @@ def run_share(name: str, family: Family, params: Params, paths: Paths, share: Sh
     work = _Work.open(name, family, paths, params.store)
     done = work.finished(share)
     own = [shard for shard in work.shards if share.owns(shard.number)]
-    _, tok_s = work.capture([shard for shard in own if shard.number not in done])
-    return {"tok_s": tok_s}
+    return work.capture([shard for shard in own if shard.number not in done])[1]
 
 
 @dataclass
@@ -113,6 +115,8 @@ class _Work:
     counts: dict[str, float]
     shards: list[PlannedShard]
     folder: Path
+    parked: ParkedStates | None
+    """What may have come with the answers (vllm)."""
 
     @classmethod
     def open(cls, name: str, family: Family, paths: Paths, store: str | None) -> _Work:
@@ -135,8 +139,23 @@ class _Work:
         shards = plan_shards(kept, max(settings.shard_bytes // token_bytes, 1), key, url)
         folder = paths.state / "hidden_states" / key
         folder.mkdir(parents=True, exist_ok=True)
+        parked = None
+        if settings.engine == "vllm":
+            parked = vllm.parked_states(family, facts, paths, aux_layer_ids)
         return cls(
-            name, family, facts, engine, settings, paths, samples_digest, aux_layer_ids, kept, counts, shards, folder
+            name,
+            family,
+            facts,
+            engine,
+            settings,
+            paths,
+            samples_digest,
+            aux_layer_ids,
+            kept,
+            counts,
+            shards,
+            folder,
+            parked,
         )
 
     def finished(self, share: Share) -> dict[int, ShardInfo]:
@@ -147,21 +166,23 @@ class _Work:
         left = total - sum(info.tokens for info in done.values())
         token_bytes = bytes_per_token(self.facts.hidden_size, len(self.aux_layer_ids), self.settings.dtype)
         if (store := self.shards[0].store) is None:
-            check_disk(self.folder, left * token_bytes, total * token_bytes)
+            freed = 0 if self.parked is None else self.parked.num_bytes(row.token_ids for row in self.kept)
+            check_disk(self.folder, left * token_bytes, total * token_bytes, freed)
         else:
             logger.info(
                 "extract: %.2f GB in %s, %.2f GB missing", total * token_bytes / 1e9, store, left * token_bytes / 1e9
             )
         return done
 
-    def capture(self, missing: Sequence[PlannedShard]) -> tuple[dict[int, ShardInfo], float]:
-        """Write `missing` shards; returns them by number, and tokens per second (0 where nothing was missing)."""
-        if not missing:
-            return {}, 0.0
-        started = time.perf_counter()
+    def capture(self, missing: Sequence[PlannedShard]) -> tuple[dict[int, ShardInfo], dict[str, float]]:
+        """Write `missing` shards; returns them by number, and their metrics: tokens per second (0 where nothing was
+        missing) and, with vllm, how many rows had come with their answers.
+        """
+        started, from_sampling = time.perf_counter(), 0
+        done: dict[int, ShardInfo] = {}
         tokens_of = {row.info.id: row.token_ids for row in self.kept}
-        if self.settings.engine == "vllm":
-            done = vllm.capture(
+        if missing and self.parked is not None:
+            done, from_sampling = vllm.capture(
                 self.name,
                 self.family,
                 self.facts,
@@ -170,11 +191,13 @@ class _Work:
                 tokens_of,
                 self.folder,
                 self.aux_layer_ids,
+                self.parked,
             )
-        else:
+        elif missing:
             model = load_model(self.facts, self.paths.cache, device="cuda" if torch.cuda.is_available() else "cpu")
             done = capture(model, missing, tokens_of, self.folder, self.settings, self.aux_layer_ids)
-        return done, sum(shard.num_tokens for shard in missing) / (time.perf_counter() - started)
+        tok_s = sum(shard.num_tokens for shard in missing) / (time.perf_counter() - started)
+        return done, {"tok_s": tok_s} | ({} if self.parked is None else {"rows_from_sampling": from_sampling})
 
 
 def engine_name(family: Family, paths: Paths) -> str:
@@ -215,9 +238,12 @@ def plan_shards(rows: Sequence[SampleRow], shard_tokens: int, key: str, store: s
     return [PlannedShard(number, tuple(infos), key, store) for number, infos in enumerate(shards)]
 
 
-def check_disk(folder: Path, missing_bytes: int, total_bytes: int) -> None:
-    """Report what the store will take; raise UserError where the disk cannot hold what is still missing."""
-    free = shutil.disk_usage(folder).free
+def check_disk(folder: Path, missing_bytes: int, total_bytes: int, freed_bytes: int = 0) -> None:
+    """Report what the store will take; raise UserError where the disk cannot hold what is still missing.
+
+    `freed_bytes` lie there parked and go as the store grows.
+    """
+    free = shutil.disk_usage(folder).free + freed_bytes
     logger.info(
         "extract: the store takes %.2f GB, %.2f GB to write, %.1f GB free",
         total_bytes / 1e9,

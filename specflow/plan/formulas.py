@@ -141,7 +141,7 @@ def sampling_bytes(family: Family, shape: Shape, rows: int) -> float:
 def sample(family: Family, shape: Shape, a: Assumptions) -> Estimate:
     """Prefill of every prompt token once, then N * answer / B decoding steps with all B rows busy.
 
-    The tail, in which fewer rows are left, is not counted.
+    The tail, in which fewer rows are left, is not counted. States that are kept for `extract` lie in target.dtype.
     """
     disk, host = a.tokens * SAMPLE_BYTES_PER_TOKEN, a.tokens * HOST_BYTES_PER_TOKEN + PROCESS_BYTES
     if family.sample.engine == "dataset":
@@ -152,6 +152,8 @@ def sample(family: Family, shape: Shape, a: Assumptions) -> Estimate:
     step_s = decode_step_s(family, shape, a, rows, a.prompt_tokens + a.answer_tokens / 2)
     device_s = prefill + steps * step_s * a.gpus
     device_bytes = sampling_bytes(family, shape, rows) / a.gpus
+    if family.sample.keep_states:
+        disk += captured_tokens(family, a) * bytes_per_token(shape.hidden_size, num_aux(family), family.target.dtype)
     return Estimate("sample", disk, host, device_bytes, device_s, device_s / (a.gpus * a.shards))
 
 
@@ -179,7 +181,7 @@ def extract(family: Family, shape: Shape, a: Assumptions) -> Estimate:
     waiting = PENDING_BATCHES * store_bytes(family, shape, batch)
     device_bytes = weight_bytes(family, shape) / a.gpus + _activation_bytes(shape, batch, size) + waiting
     host = PROCESS_BYTES + min(family.extract.shard_bytes, disk) + tokens * (HOST_BYTES_PER_TOKEN + 8)
-    device_s = forward_s(shape, a, tokens, a.row_tokens / 2)
+    device_s = 0.0 if family.sample.keep_states else forward_s(shape, a, tokens, a.row_tokens / 2)
     wall_s = max(device_s / a.gpus, disk / a.disk_bytes_s) / a.shards
     return Estimate("extract", disk, host, device_bytes, device_s, wall_s)
 

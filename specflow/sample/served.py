@@ -8,26 +8,43 @@ ones its content where the server computes in the same dtype.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import queue
 import threading
+import typing
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, cast
 
 from specflow.errors import UserError
 from specflow.sample.dialogue import Conversation, Dialogue, Turns
 from specflow.serving.client import Client, Completion, Lane, Protocol, Request, engine_version, for_each, no_token_ids
-from specflow.serving.engines import find_install
+from specflow.serving.engines import Launch, find_install
 from specflow.serving.fleet import Fleet, Foreign, Replicas
 from specflow.targets import template
 
 if TYPE_CHECKING:
-    from specflow.config import Family
+    from specflow.config import Family, Serve
     from specflow.paths import Paths
     from specflow.targets.model import TargetFacts
 
 ENGINES = ("vllm", "sglang", "openai")
 Put = Callable[[Any], None]
+
+
+class States(typing.Protocol):
+    """What keeps the hidden states of answers: `answer_states.py`."""
+
+    serve: Serve
+    """Settings of servers that hand them out."""
+
+    def edit(self, command: Launch) -> Launch: ...
+
+    async def discard(self, completion: Completion) -> None:
+        """The states of an answer, which are not those of a whole row."""
+
+    async def keep(self, rows: list[dict[str, Any]], client: Client) -> dict[str, int]:
+        """Keep those of finished rows; counts that go with the conversation into the log."""
 
 
 def identity(family: Family, paths: Paths) -> dict[str, Any]:
@@ -58,23 +75,32 @@ def complete(
     if not conversations:
         return
     protocol = cast(Protocol, family.sample.engine)
-    fleet: Fleet
-    if family.serve.url is not None:
-        fleet = Foreign(family, name, turns.max_length_tokens)
-    else:
-        assert protocol != "openai"  # the schema asks for a url
-        fleet = Replicas(
-            family,
-            name,
-            paths,
-            engine=protocol,
-            install=find_install(protocol, family.serve, paths.cache),
-            needed_tokens=turns.max_length_tokens,
-            log_name=log_name,
-        )
     dialogues = [turns.begin(conversation) for conversation in conversations]
     dialogues.sort(key=lambda dialogue: (-turns.expected_tokens(dialogue), dialogue.conversation.id))
-    yield from _in_thread(lambda put: _answer_all(put, dialogues, family, facts, turns, fleet, protocol))
+    with ExitStack() as stack:
+        states: States | None = None
+        if family.sample.keep_states:
+            # by name: what is answered does not depend on how its states are kept
+            keeping = importlib.import_module("specflow.answer_states").keeping
+            lengths = [turns.expected_tokens(dialogue) for dialogue in dialogues]
+            states = cast(States, stack.enter_context(keeping(family, facts, paths, turns.max_length_tokens, lengths)))
+            family = family.model_copy(update={"serve": states.serve})
+        fleet: Fleet
+        if family.serve.url is not None:
+            fleet = Foreign(family, name, turns.max_length_tokens)
+        else:
+            assert protocol != "openai"  # the schema asks for a url
+            fleet = Replicas(
+                family,
+                name,
+                paths,
+                engine=protocol,
+                install=find_install(protocol, family.serve, paths.cache),
+                needed_tokens=turns.max_length_tokens,
+                log_name=log_name,
+                edit=(lambda command: command) if states is None else states.edit,
+            )
+        yield from _in_thread(lambda put: _answer_all(put, dialogues, family, facts, turns, fleet, protocol, states))
 
 
 async def _answer_all(
@@ -85,6 +111,7 @@ async def _answer_all(
     turns: Turns,
     fleet: Fleet,
     protocol: Protocol,
+    states: States | None,
 ) -> None:
     serve = family.serve
     async with fleet:
@@ -94,7 +121,9 @@ async def _answer_all(
         async with Client(lanes, protocol, timeout_s=serve.request_timeout_s, ask_token_ids=ask_token_ids) as client:
 
             async def answer(dialogue: Dialogue) -> None:
-                done = await _converse(dialogue, client, facts, turns, serve.retokenise)
+                done = await _converse(dialogue, client, facts, turns, serve.retokenise, states)
+                if states is not None:
+                    done |= await states.keep(done["rows"], client)
                 put({**done, "rows": [{**row, "engine": engine} for row in done["rows"]]})
 
             async with asyncio.TaskGroup() as group:
@@ -104,7 +133,7 @@ async def _answer_all(
 
 
 async def _converse(
-    dialogue: Dialogue, client: Client, facts: TargetFacts, turns: Turns, retokenise: bool
+    dialogue: Dialogue, client: Client, facts: TargetFacts, turns: Turns, retokenise: bool, states: States | None
 ) -> dict[str, Any]:
     """All turns of one conversation, each with the ones before it as its prompt."""
     while True:
@@ -118,6 +147,8 @@ async def _converse(
                 facts.eos_token_ids,
             )
         )
+        if states is not None:
+            await states.discard(completion)
         if completion.finish_reason == "refused":
             return {**dialogue.finish(), "refused": 1}
         about = {}

@@ -43,8 +43,10 @@ def run(name: str, family: Family, params: Params, paths: Paths, log: Log, share
     for split in SPLITS:
         work.logs[split].close()
         delete_logs(paths.state, f"sample-{split}")
-    refused = sum(done.get("refused", 0) for log in work.logs.values() for done in log.rows.values())
-    return {**_metrics(rows), "refused_conversations": refused, "resumed_conversations": resumed, "tok_s": tok_s}
+    metrics = {**_metrics(rows), "refused_conversations": _total(work, "refused"), "resumed_conversations": resumed}
+    if family.sample.keep_states:
+        metrics |= {count: _total(work, count) for count in ("rows_with_states", "recomputed_tokens")}
+    return {**metrics, "tok_s": tok_s}
 
 
 def run_share(name: str, family: Family, params: Params, paths: Paths, share: Share) -> dict[str, float]:
@@ -210,6 +212,11 @@ def _from_dataset(tokenizer: Any, row: dict[str, Any], seed: int) -> dict[str, A
 
 def _in_order(prompts: list[Any], log: RowLog) -> list[dict[str, Any]]:
     return [row for prompt in prompts for row in log.rows[prompt["id"]]["rows"]]
+
+
+def _total(work: _Work, count: str) -> int:
+    """Of what an engine counted by conversation."""
+    return sum(done.get(count, 0) for log in work.logs.values() for done in log.rows.values())
 
 
 def _num_generated(row: dict[str, Any]) -> int:

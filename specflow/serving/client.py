@@ -53,6 +53,10 @@ class Completion:
     text: str
     finish_reason: Literal["stop", "length", "refused"]
     """`refused`: a filter of the server ended or suppressed the answer."""
+    states_file: str | None = None
+    """Where vLLM wrote hidden states, if it was started to."""
+    cached_tokens: int = 0
+    """Of the prompt, those that the server says it had not to compute."""
 
 
 class _MayPass(Exception):
@@ -272,7 +276,13 @@ def _body(protocol: Protocol, model: str, request: Request, ask_token_ids: bool)
 def _read_openai(answer: dict[str, Any], num_prompt_tokens: int, endpoint: Endpoint) -> Completion:
     choice, usage = answer["choices"][0], answer.get("usage") or {}
     _check_prompt(usage.get("prompt_tokens"), num_prompt_tokens, endpoint)
-    return Completion(choice.get("token_ids"), choice["text"] or "", _finish(choice["finish_reason"], endpoint))
+    return Completion(
+        choice.get("token_ids"),
+        choice["text"] or "",
+        _finish(choice["finish_reason"], endpoint),
+        (answer.get("kv_transfer_params") or {}).get("hidden_states_path"),
+        (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
+    )
 
 
 def _read_sglang(answer: dict[str, Any], num_prompt_tokens: int, endpoint: Endpoint) -> Completion:

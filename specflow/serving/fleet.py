@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from specflow.config import Family
@@ -53,7 +54,9 @@ class Replicas:
         install: Install,
         needed_tokens: int,
         log_name: str,
+        edit: Callable[[Launch], Launch] = lambda launch: launch,
     ) -> None:
+        """`edit` changes each command before it runs, as in `child_server`."""
         serve = family.serve
         if serve.max_model_len is not None and serve.max_model_len < needed_tokens:
             raise UserError(
@@ -64,6 +67,7 @@ class Replicas:
         longest = serve.max_model_len or needed_tokens
         self.family = family.model_copy(update={"serve": serve.model_copy(update={"max_model_len": longest})})
         self.name, self.paths, self.engine, self.install, self.log_name = name, paths, engine, install, log_name
+        self.edit = edit
         self.devices = _devices(family, name)
         self.lanes: list[Lane] = []
         self._servers: dict[int, Server] = {}
@@ -117,6 +121,7 @@ class Replicas:
         )
         if self.devices is not None:
             command = Launch(command.argv, {**command.environment, "CUDA_VISIBLE_DEVICES": self.devices[number]})
+        command = self.edit(command)
         server = start(command, port=port, model=self.family.serve.model_name or self.name, log=log)
         self._servers[number] = server
         # in a thread, as it polls; it ends as soon as the server is stopped

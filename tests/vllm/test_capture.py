@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from specflow.extract import stage as extract
-from specflow.extract import vllm
+from specflow.extract.engine_files import SHARED_MEMORY, scratch_prefix
 from specflow.hidden_states import HiddenStateStore
 from tests.captures import TinyProject, tiny_project, write_split
 from tests.vllm.conftest import CACHE
@@ -103,7 +103,7 @@ def resumed(projects: dict[str, TinyProject]) -> dict[str, float]:
 
 def servers_of(project: TinyProject) -> list[str]:
     """Command lines of processes that write to this project's scratch folder."""
-    prefix = vllm.scratch_prefix(next((project.paths.state / "hidden_states").iterdir()))
+    prefix = scratch_prefix(next((project.paths.state / "hidden_states").iterdir()))
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -129,8 +129,8 @@ def test_every_state_is_that_of_transformers_after_a_kill(
 
 def test_nothing_is_left_in_the_scratch_folder(projects: dict[str, TinyProject], resumed: dict[str, float]) -> None:
     store = open_store(projects["vllm"]).folder
-    prefix = vllm.scratch_prefix(store)
-    assert [path for base in (vllm.SHARED_MEMORY, store.parent) for path in base.glob(f"{prefix}*")] == []
+    prefix = scratch_prefix(store)
+    assert [path for base in (SHARED_MEMORY, store.parent) for path in base.glob(f"{prefix}*")] == []
 
 
 @pytest.mark.parametrize("layers", [[1, 3, 6], [0, 4, 6], [0, 2, 6], [0, 3, 5]])

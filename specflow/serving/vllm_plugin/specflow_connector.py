@@ -4,6 +4,9 @@ The stock connector (vLLM 0.32) copies through pinned memory and asks a CUDA eve
 on CPU. Here the copy is a plain gather. The protocol to the reader is the stock one: `<request>.safetensors` and beside
 it `<request>.safetensors.lock`, locked exclusively from before the answer goes out until the file is written.
 This folder holds nothing else, so it can stand on the engine's PYTHONPATH.
+
+The method drafts every sampled token once more, so a server that also samples verifies drafts. There the CPU build of
+0.32 reads temperatures that nobody wrote (its expand kernel fills an int64 copy and drops it): `expand` replaces it.
 """
 
 from __future__ import annotations
@@ -18,6 +21,23 @@ from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connecto
     PendingSave,
     extract_from_kv_cache,
 )
+from vllm.triton_utils.dispatcher import register_kernels
+
+
+def expand(
+    output_ptr: torch.Tensor,
+    input_ptr: torch.Tensor,
+    cu_num_tokens_ptr: torch.Tensor,
+    replace_from: float,
+    replace_to: float,
+    MAX_NUM_TOKENS: int,
+) -> None:
+    """`input` [B] into `output` [N], in its own dtype: value i as often as request i has tokens (cumulated in [B]).
+
+    The parameters are called as the kernel's are, by which vLLM passes them.
+    """
+    counts = cu_num_tokens_ptr.diff(prepend=cu_num_tokens_ptr.new_zeros(1))
+    output_ptr.copy_(input_ptr.masked_fill(input_ptr == replace_from, replace_to).repeat_interleave(counts))
 
 
 class _CopyDone:
@@ -29,6 +49,10 @@ class _CopyDone:
 
 class CpuHiddenStatesConnector(ExampleHiddenStatesConnector):
     """The stock connector, but for how a finished request's states leave the cache."""
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        super().register_kv_caches(kv_caches)
+        register_kernels({"vllm.v1.sample.rejection_sampler.expand_kernel": expand})
 
     def _submit_async_write(self, pending: PendingSave) -> None:
         if not self._is_tp_rank_zero:

@@ -19,10 +19,12 @@ from torch import nn
 
 from specflow.config import Serve, parse_params
 from specflow.errors import RetryableError, UserError
+from specflow.extract import engine_files, vllm
 from specflow.extract import stage as extract
-from specflow.extract import vllm
+from specflow.extract.engine_files import roomy, scratch_folder
 from specflow.extract.final_norm import load_final_norm
-from specflow.extract.vllm import Answer, Conversion, HeadCheck, Layers, check_settings
+from specflow.extract.vllm import Answer, Conversion, HeadCheck
+from specflow.extract.vllm_flags import PLUGIN, Layers, check_settings, with_capture
 from specflow.hidden_states import PlannedShard, RowInfo
 from specflow.serving.engines import Install, Launch
 from specflow.serving.server import Endpoint
@@ -77,7 +79,7 @@ def test_the_command_asks_for_a_capture(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     install = Install("vllm", tmp_path, "0.32.0", on_cpu)
     command = Launch(["vllm", "--enable-chunked-prefill"], {"A": "1"})
-    made = vllm.with_capture(command, install, Layers((1, 3), 6), tmp_path, 4096)
+    made = with_capture(command, install, Layers((1, 3), 6), tmp_path, 4096)
     words = made.argv[2:]
     assert made.argv[:2] == command.argv  # the first words are the server's; the last of two contrary flags holds
     assert {"--no-enable-prefix-caching", "--no-enable-chunked-prefill"} <= set(words)
@@ -87,14 +89,17 @@ def test_the_command_asks_for_a_capture(tmp_path: Path, monkeypatch: pytest.Monk
     connector = json.loads(words[words.index("--kv-transfer-config") + 1])
     assert connector["kv_connector_extra_config"]["shared_storage_path"] == str(tmp_path)
     if on_cpu:
-        assert made.environment == {"A": "1", "PYTHONPATH": f"{vllm.PLUGIN}:/elsewhere"}
-        assert (vllm.PLUGIN / f"{connector['kv_connector_module_path']}.py").is_file()
+        assert made.environment == {"A": "1", "PYTHONPATH": f"{PLUGIN}:/elsewhere"}
+        assert (PLUGIN / f"{connector['kv_connector_module_path']}.py").is_file()
     else:
         assert made.environment == {"A": "1"} and "kv_connector_module_path" not in connector
+    sampling = with_capture(command, install, Layers((1, 3), 6), tmp_path, 4096, max_requests=7, answers=True).argv
+    assert "--enable-prefix-caching" in sampling and "--no-enable-prefix-caching" not in sampling
+    assert sampling[sampling.index("--max-num-seqs") + 1] == "7" and ("--block-size" in sampling) == on_cpu
 
 
 def test_the_engine_sees_nothing_of_specflow() -> None:
-    (file,) = vllm.PLUGIN.glob("*.py")
+    (file,) = PLUGIN.glob("*.py")
     tree = ast.parse(file.read_text(encoding="utf-8"))
     imported = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     imported += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
@@ -170,23 +175,21 @@ def test_rows_come_in_order_and_a_bounded_number_is_under_way() -> None:
 
 
 def test_scratch_is_removed_and_what_a_killed_capture_left_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm, "SHARED_MEMORY", tmp_path / "shm")
+    monkeypatch.setattr(engine_files, "SHARED_MEMORY", tmp_path / "shm")
     store = tmp_path / "stores" / "key"
     store.mkdir(parents=True)
-    left = store.parent / f"{vllm.scratch_prefix(store)}left"
+    left = store.parent / f"{engine_files.scratch_prefix(store)}left"
     left.mkdir()
     (left / "a.safetensors").write_bytes(b"x")
-    with vllm.scratch_folder(store, 10) as first:
+    assert roomy(10, store.parent) == store.parent
+    with scratch_folder(store, store.parent) as first:
         assert first.parent == store.parent and not left.exists() and first.stat().st_mode & 0o077 == 0
-        with vllm.scratch_folder(store, 10) as second:  # another share of the same store
+        with scratch_folder(store, store.parent) as second:  # another share of the same store
             assert first.exists() and first != second
         (first / "a.safetensors").write_bytes(b"x")
     assert not first.exists() and not second.exists()
     (tmp_path / "shm").mkdir()
-    with vllm.scratch_folder(store, 10) as folder:
-        assert folder.parent == tmp_path / "shm"
-    with vllm.scratch_folder(store, 10**18) as folder:
-        assert folder.parent == store.parent
+    assert roomy(10, store.parent) == tmp_path / "shm" and roomy(10**18, store.parent) == store.parent
 
 
 class FakeServer:

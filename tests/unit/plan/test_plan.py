@@ -161,6 +161,18 @@ def test_extract_is_bound_by_the_slower_of_device_and_disk() -> None:
     assert extract(family, SMALL, replace(a, prompt_tokens=500.0)).disk_bytes == 10 * 256 * per_token  # rows are cut
 
 
+def test_states_that_come_with_answers_take_disk_in_sample_and_no_forward_in_extract() -> None:
+    kept = family_of(sample={"engine": "vllm", "keep_states": True}, extract={"engine": "vllm", "dtype": "bfloat16"})
+    plain = family_of(sample={"engine": "vllm"}, extract={"engine": "vllm", "dtype": "bfloat16"})
+    a = assumptions()
+    sampled = sample(kept, SMALL, a)
+    assert sampled.disk_bytes - sample(plain, SMALL, a).disk_bytes == 100 * (4 * 8 * 4 + 4)  # in the target's fp32
+    assert sampled.wall_s == sample(plain, SMALL, a).wall_s
+    packed, captured = extract(kept, SMALL, a), extract(plain, SMALL, a)
+    assert packed.disk_bytes == captured.disk_bytes == 100 * (4 * 8 * 2 + 4)
+    assert packed.device_s == 0 < captured.device_s and packed.wall_s == packed.disk_bytes / a.disk_bytes_s
+
+
 def test_training_flops_of_one_supervised_row() -> None:
     family = family_of(train={"ttt_steps": 2}, vocab={"draft_vocab_size": 50})
     fc, kv = 3 * 8 * 8, 2 * (2 * 8 * 4)

@@ -9,6 +9,7 @@ import pytest
 
 from specflow.config import parse_params
 from specflow.errors import RetryableError, UserError
+from specflow.extract import vllm
 from specflow.files import RowLog, read_jsonl
 from specflow.sample import stage as sampling
 from specflow.sample.dialogue import Conversation, Turns
@@ -19,7 +20,7 @@ from specflow.targets.model import load_tokenizer
 from tests.captures import tiny_project, write_split
 from tests.fake_engine import END, completion, echo, make_venv, serving
 from tests.toys import make_tiny_target, make_tiny_tokenizer
-from tests.unit.sample.test_stage import make_prompts
+from tests.unit.sample.test_stage import REWRITING, make_prompts
 
 THINKING = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}"
@@ -261,6 +262,60 @@ def test_a_child_that_dies_at_its_start_says_why(tmp_path, target):
     made = project(tmp_path, target, {"venv": str(make_venv(tmp_path / "venv")), "extra_args": words})
     with pytest.raises(UserError, match="died at its start with exit code 1: RuntimeError: the device is gone"):
         made.run(sampling)
+
+
+def keeping(root, target, **extra):
+    """A project whose servers of a fake vLLM leave states; `extra` are words of theirs."""
+    words = [word for name, value in extra.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    made = project(root, target, {"venv": str(make_venv(root / "venv")), "extra_args": words})
+    family = made.settings["families"]["tiny"]
+    family["sample"]["keep_states"], family["extract"]["engine"] = True, "vllm"
+    made.params = parse_params(made.settings)
+    return made, vllm.parked_states(made.family, made.facts, made.paths, made.facts.default_aux_layer_ids())
+
+
+def test_states_of_every_row_are_kept_and_of_no_other_answer(tmp_path):
+    folder = make_tiny_target(tmp_path / "t", hidden_size=16, num_hidden_layers=7, chat_template=REWRITING)
+    made, parked = keeping(tmp_path, folder, die_after=25, once=tmp_path / "once")
+    metrics = made.run(sampling)
+    rows = rows_of(made)
+    assert any("#" in row["id"] for row in rows) and (tmp_path / "once").exists()
+    for row in rows:
+        found, _ = parked.get(row["token_ids"])
+        assert found["hidden_states"][:, 2, 7].tolist() == row["token_ids"]
+    assert metrics["rows_with_states"] == len(rows) == len(list(parked.folder.glob("*.safetensors")))
+    assert len(list(parked.folder.iterdir())) == 2 * len(rows)  # each with its record; the engine's own folder is gone
+    assert metrics["recomputed_tokens"] == sum(len(row["token_ids"]) for row in rows)  # this engine caches nothing
+
+
+def test_a_run_that_goes_on_counts_the_states_of_the_one_before(tmp_path, monkeypatch):
+    folder = make_tiny_target(tmp_path / "t", hidden_size=16, num_hidden_layers=7)
+    made, parked = keeping(tmp_path, folder)
+    append = RowLog.append
+
+    def failing(self, row):
+        append(self, row)
+        if len(self.rows) == 5:
+            raise RetryableError("enough")
+
+    monkeypatch.setattr(RowLog, "append", failing)
+    with pytest.raises(RetryableError, match="enough"):
+        made.run(sampling)
+    monkeypatch.setattr(RowLog, "append", append)
+    metrics = made.run(sampling)
+    assert metrics["resumed_conversations"] >= 5 and metrics["rows_with_states"] == metrics["rows"] == 20
+    assert all(parked.get(row["token_ids"]) for row in rows_of(made))
+
+
+def test_states_that_the_engine_does_not_write_are_counted_as_missing(tmp_path, caplog, monkeypatch):
+    folder = make_tiny_target(tmp_path / "t", hidden_size=16, num_hidden_layers=7)
+    made, parked = keeping(tmp_path, folder, lose_states=30)
+    monkeypatch.setattr(logging.getLogger("specflow"), "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="specflow"):
+        metrics = made.run(sampling)
+    whole = [row for row in rows_of(made) if parked.get(row["token_ids"])]
+    assert 0 < metrics["rows_with_states"] == len(whole) < metrics["rows"]
+    assert caplog.text.count("extract will ask for them") == metrics["rows"] - len(whole)
 
 
 @pytest.mark.parametrize("keep", [False, True])
