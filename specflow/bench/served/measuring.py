@@ -89,7 +89,12 @@ def check_possible(family: Family, name: str, paths: Paths, serve: BenchServe) -
                 "bench.serve.draft_url"
             )
         assert serve.engine != "openai", "the schema asks for URLs"
-        find_install(serve.engine, family.serve, paths.cache)
+        install = find_install(serve.engine, family.serve, paths.cache)
+        if install.draws_wrongly and family.bench.temperature > 0:
+            raise UserError(
+                f"bench.temperature is {family.bench.temperature}, but {install.engine} {install.version} for CPU draws "
+                "wrongly above 0 where it verifies drafts (docs/serving.md): set it to 0, or measure on a GPU"
+            )
 
 
 def refuse_synthetic(words: Sequence[str], environment: dict[str, str]) -> None:

