@@ -16,7 +16,7 @@ from specflow.paths import Paths
 from specflow.targets.fetch import read_checkpoint
 from tests.toys import make_project_inputs, tiny_params
 
-TIMES = {"started_at", "prefill_s", "draft_s", "verify_s", "decode_s"}
+TIMES = {"started_at", "prefill_s", "draft_s", "verify_s", "decode_s", "model_s"}
 """Fields of a record that no two runs share."""
 
 

@@ -79,8 +79,9 @@ def _record(
         "num_cut": emitted - len(answer),
         "prefill_s": 0.05 * wobble,
         "draft_s": draft_s,
-        "verify_s": verify_s,
+        "verify_s": verify_s + len(accepted) * OUTSIDE_S,
         "decode_s": draft_s + verify_s + len(accepted) * OUTSIDE_S,
+        "model_s": draft_s + verify_s,
         "finish_reason": "length",
     }
 

@@ -172,6 +172,7 @@ class Runner:
             finish_reason=done.finish_reason,
             sample=request.sample,
             started_at=started_at,
+            model_s=done.model_s,
         )
         self.log.append(record.to_json())
         return record

@@ -104,9 +104,11 @@ def _costs(summary: Mapping[str, Any]) -> list[str]:
     costs, model = summary["cost"], summary["cost_model"]
     if costs.get("t_draft_ms") is None or costs.get("t_target_ms") is None:
         return []
+    share = costs["outside_share"]
     lines = [
         f"a step takes {costs['t_target_ms']:.1f} ms without a draft; {costs['t_draft_ms']:.1f} ms to draft and "
-        f"{costs['t_verify_ms']:.1f} ms to verify with it; {costs['outside_share']:.1%} of the time is outside of both"
+        f"{costs['t_verify_ms']:.1f} ms to verify with it; time outside model calls: "
+        + ("not measured" if share is None else f"{share:.1%}")
     ]
     if model is not None:
         verify = ", ".join(f"{n}: {ms:.1f}" for n, ms in model["verify_ms"].items())

@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from specflow.decoding.generate import Generation, check_fits, clock_of, emit
-from specflow.decoding.sampling import GREEDY, Sampling, draw
+from specflow.decoding.sampling import GREEDY, Dense, Few, Sampling
 from specflow.decoding.verify import NOTHING, Proposal, Verdict, descend, verify
 from specflow.drafters.eagle3 import Eagle3Draft, RaggedDraftCache
 from specflow.drafters.inference import prepare
+from specflow.model_time import MODEL_TIME
 from specflow.targets.cached import CachedTarget
 
 
@@ -59,25 +60,24 @@ class BatchChainDrafter:
         hidden = self._ingest(0, [history[-len(rows) :] for history, rows in zip(histories, aux, strict=True)], aux)
         verified = self._cache.lengths[:b].clone()
         tokens: list[Tensor] = []
-        probs: list[Tensor] = []
+        draws: list[list[Dense | Few]] = [[] for _ in histories]
         for k in range(num_tokens):
-            if k > 0:
-                embeddings = self._embed(tokens[-1])
-                hidden = self.draft.decode_rows(embeddings[:, None], hidden[:, None], self._cache)[:, 0]
-            logits = self.draft.logits(hidden)
+            with MODEL_TIME.call(self._device):
+                if k > 0:
+                    embeddings = self._embed(tokens[-1])
+                    hidden = self.draft.decode_rows(embeddings[:, None], hidden[:, None], self._cache)[:, 0]
+                logits = self.draft.logits(hidden)
             if sampling.greedy:
-                choice = logits.argmax(-1)
+                tokens.append(self._target_ids[logits.argmax(-1)])
             else:
-                probs.append(sampling.probabilities(logits))
                 # one draw per row from the row's own generator: what it draws is what it would draw alone
-                choice = torch.stack([draw(probs[-1][i], generators[i]) for i in range(b)])
-            tokens.append(self._target_ids[choice])
+                drawn = [sampling.draft(row, self._target_ids, g) for row, g in zip(logits, generators, strict=True)]
+                tokens.append(torch.cat([token for token, _ in drawn]))
+                for own, (_, drawn_from) in zip(draws, drawn, strict=True):
+                    own.append(drawn_from)
         self._cache.lengths[:b] = verified  # forget the speculative rows
         chains = torch.stack(tokens, dim=1).tolist()
-        if not probs:
-            return [Proposal(chain) for chain in chains]
-        rows = torch.stack(probs, dim=1)
-        return [Proposal(chain, draft_probs=rows[i], target_ids=self._target_ids) for i, chain in enumerate(chains)]
+        return [Proposal(chain, draws=own) for chain, own in zip(chains, draws, strict=True)]
 
     def move_row(self, source: int, into: int) -> None:
         self._cache.move_row(source, into)
@@ -93,8 +93,10 @@ class BatchChainDrafter:
         for i, (tokens, rows) in enumerate(zip(following, aux, strict=True)):
             ids[i, : len(tokens)] = torch.tensor(tokens)
             states[i, : len(rows)] = rows
-        features = self.draft.project(states.to(self._device, self._dtype).flatten(0, 1)).view(b, n, -1)
-        hidden = self.draft.decode_rows(self._embed(ids.to(self.embedding.device)), features, self._cache, first)
+        states, ids = states.to(self._device, self._dtype), ids.to(self.embedding.device)
+        with MODEL_TIME.call(self._device):
+            features = self.draft.project(states.flatten(0, 1)).view(b, n, -1)
+            hidden = self.draft.decode_rows(self._embed(ids), features, self._cache, first)
         self._cache.lengths[first : first + b] -= n - counts
         return hidden[torch.arange(b), counts - 1]
 
@@ -180,13 +182,12 @@ class _Batch:
 
     def _step(self) -> None:
         """One verification of all rows."""
-        began, rows = self.clock(), list(self.rows)
+        inside, began, rows = MODEL_TIME.seconds(), self.clock(), list(self.rows)
         proposals = self._propose()
         drafted_at = self.clock()
         tokens = [[row.history[-1], *proposal.token_ids] for row, proposal in zip(rows, proposals, strict=True)]
         logits = self.target.logits(self.target.forward(torch.tensor(tokens)))
         verdicts = self._verify(proposals, logits)
-        verified_at = self.clock()
         aux = self.target.aux() if self.drafter is not None else None
         ended = []
         for place, (row, proposal, verdict) in enumerate(zip(rows, proposals, verdicts, strict=True)):
@@ -200,10 +201,12 @@ class _Batch:
         for place in reversed(ended):
             self._release(place)
         share, at = 1.0 / len(rows), self.clock()
+        inside = MODEL_TIME.seconds() - inside
         for row in rows:
             row.done.draft_s += (drafted_at - began) * share
-            row.done.verify_s += (verified_at - drafted_at) * share
+            row.done.verify_s += (at - drafted_at) * share
             row.done.decode_s += (at - began) * share
+            row.done.model_s += inside * share
 
     def _propose(self) -> list[Proposal]:
         if self.drafter is None:

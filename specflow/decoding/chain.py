@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specflow.decoding.eagle3 import Eagle3Session
-from specflow.decoding.sampling import Sampling, draw
+from specflow.decoding.sampling import Dense, Few, Sampling
 from specflow.decoding.verify import Proposal
 
 
@@ -40,16 +40,15 @@ class ChainDrafter:
         session = self.session
         hidden = session.ingest(history, aux)[-1:]
         tokens: list[Tensor] = []
-        rows: list[Tensor] = []
+        draws: list[Dense | Few] = []
         for k in range(num_tokens):
             if k > 0:
                 hidden = session.step(tokens[-1], hidden)
-            logits = session.draft.logits(hidden)
+            logits = session.logits(hidden)
             if sampling.greedy:
-                choice = logits.argmax(-1)
+                tokens.append(session.target_ids[logits.argmax(-1)])
             else:
-                rows.append(sampling.probabilities(logits))
-                choice = draw(rows[-1], generator)
-            tokens.append(session.target_ids[choice])
-        token_ids = torch.cat(tokens).tolist()
-        return Proposal(token_ids, None, torch.cat(rows), session.target_ids) if rows else Proposal(token_ids)
+                token, drawn_from = sampling.draft(logits[0], session.target_ids, generator)
+                tokens.append(token)
+                draws.append(drawn_from)
+        return Proposal(torch.cat(tokens).tolist(), draws=draws)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from specflow.drafters.eagle3 import DraftCache, Eagle3Draft
 from specflow.drafters.inference import prepare
+from specflow.model_time import MODEL_TIME
 
 
 class Eagle3Session:
@@ -52,7 +53,6 @@ class Eagle3Session:
         if len(aux) > 1:
             self.ingest(history[:-1], aux[:-1])
 
-    @torch.inference_mode()
     def ingest(self, history: Sequence[int], aux: Tensor | None) -> Tensor:
         """Feed rows of newly verified positions: `aux` [n, A * H] of those before the last token of `history`.
 
@@ -60,13 +60,13 @@ class Eagle3Session:
         """
         assert aux is not None, "EAGLE-3 drafts from the target's aux states"
         self.cache.length = self.verified
-        embeddings = self.embed(torch.tensor(history[len(history) - len(aux) :], device=self.embedding.device))
-        features = self.draft.project(aux.to(self.device, self.dtype))
-        hidden = self.draft.decode(embeddings, features, self.cache)
+        following = torch.tensor(history[len(history) - len(aux) :], device=self.embedding.device)
+        with MODEL_TIME.call(self.device):
+            features = self.draft.project(aux.to(self.device, self.dtype))
+            hidden = self.draft.decode(self._embed(following), features, self.cache)
         self.verified = self.cache.length
         return hidden
 
-    @torch.inference_mode()
     def step(
         self, token_ids: Tensor, hidden: Tensor, position: int | None = None, mask: Tensor | None = None
     ) -> Tensor:
@@ -74,7 +74,13 @@ class Eagle3Session:
 
         `position` and `mask` as in `Eagle3Draft.decode`. Returns recycled states [n, H].
         """
-        return self.draft.decode(self.embed(token_ids), hidden, self.cache, position, mask)
+        with MODEL_TIME.call(self.device):
+            return self.draft.decode(self._embed(token_ids), hidden, self.cache, position, mask)
 
-    def embed(self, token_ids: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Draft-vocabulary logits [n, D] of recycled states [n, H]."""
+        with MODEL_TIME.call(self.device):
+            return self.draft.logits(hidden)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
         return F.embedding(token_ids, self.embedding).to(self.device, self.dtype)

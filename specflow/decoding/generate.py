@@ -21,6 +21,7 @@ from torch import Tensor
 from specflow.decoding.sampling import GREEDY, Sampling
 from specflow.decoding.verify import NOTHING, Proposal, verify
 from specflow.errors import UserError
+from specflow.model_time import MODEL_TIME
 from specflow.targets.cached import CachedTarget
 
 
@@ -58,8 +59,11 @@ class Generation:
     """Prompt forward (target and draft) and the first token."""
     draft_s: float = 0.0
     verify_s: float = 0.0
+    """All of a step but its draft: the forward, what of it is kept, and the bookkeeping."""
     decode_s: float = 0.0
-    """Everything after the prefill: draft_s, verify_s and what lies outside of them."""
+    """Everything after the prefill: draft_s and verify_s."""
+    model_s: float = 0.0
+    """Part of decode_s inside calls of the target and of the draft: their layers and heads, nothing around them."""
     finish_reason: Literal["stop", "length"] = "length"
 
     @property
@@ -100,27 +104,26 @@ def generate(
     if drafter is not None and not ended:
         drafter.start(history, aux)
         aux = None if aux is None else aux[-1:]
-    start = clock()
-    done.prefill_s = start - began
+    at = clock()
+    done.prefill_s, inside = at - began, MODEL_TIME.seconds()
 
     while not ended:
-        proposal, at = NOTHING, clock()
+        proposal = NOTHING
         if drafter is not None:
             proposal = drafter.propose(history, aux, num_speculative_tokens, sampling, generator)
         drafted_at = clock()
         hidden = target.forward(torch.tensor([[history[-1], *proposal.token_ids]]), parents=proposal.parents)
         verdict = verify(proposal, target.logits(hidden[0]), sampling, generator)
         target.keep(verdict.path)
-        verified_at = clock()
         emitted = [*(proposal.token_ids[node] for node in verdict.path), verdict.next_token]
         if drafter is not None and aux is not None:
             aux = target.aux()[0]
         history.extend(emitted)
         done.steps.append((len(proposal.token_ids), verdict.accepted))
-        done.draft_s += drafted_at - at
-        done.verify_s += verified_at - drafted_at
         ended = emit(done, history, emitted, eos_ids, limit)
-    done.decode_s = clock() - start
+        done.draft_s, at = done.draft_s + drafted_at - at, clock()
+        done.verify_s += at - drafted_at
+    done.decode_s, done.model_s = done.draft_s + done.verify_s, MODEL_TIME.seconds() - inside
     return done
 
 

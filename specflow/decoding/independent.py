@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from specflow.decoding.sampling import Sampling, draw
+from specflow.decoding.sampling import Dense, Few, Sampling
 from specflow.decoding.verify import Proposal
 from specflow.errors import UserError
 from specflow.files import sha256_json
@@ -55,24 +55,22 @@ class IndependentDrafter:
         generator: torch.Generator | None,
     ) -> Proposal:
         # Accepted drafts are cached already, rejected ones lie behind: all that agrees is before the last token.
-        kept = min(int(self.target.lengths[0]), len(history) - 1)
+        kept = min(self.target.lengths[0], len(history) - 1)
         self.target.lengths[0] = kept
         following = torch.tensor([history[kept:]])
-        tokens, rows = [], []
+        tokens: list[Tensor] = []
+        draws: list[Dense | Few] = []
         for _ in range(num_tokens):
             hidden = self.target.forward(following)
             logits = self.target.logits(hidden[0, -1:])[:, : self._num_ids]
             if sampling.greedy:
-                choice = logits.argmax(-1)
+                tokens.append(logits.argmax(-1))
             else:
-                rows.append(sampling.probabilities(logits))
-                choice = draw(rows[-1], generator)
-            tokens.append(choice)
-            following = choice[None]
-        token_ids = torch.cat(tokens).tolist()
-        if not rows:
-            return Proposal(token_ids)
-        return Proposal(token_ids, draft_probs=torch.cat(rows), target_ids=self._target_ids)
+                token, drawn_from = sampling.draft(logits[0], self._target_ids, generator)
+                tokens.append(token)
+                draws.append(drawn_from)
+            following = tokens[-1][None]
+        return Proposal(torch.cat(tokens).tolist(), draws=draws)
 
     def max_nodes(self, num_tokens: int) -> int:
         return num_tokens

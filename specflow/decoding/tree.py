@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from specflow.config_bench import DynamicTree, StaticTree
 from specflow.decoding.eagle3 import Eagle3Session
@@ -108,10 +109,11 @@ class _Dynamic:
         mask: Tensor | None = None
         num_candidates = 0
         for level in range(1, self.tree.depth + 1):
-            best = (session.draft.logits(hidden).float() / temperature).log_softmax(-1).topk(k)
+            logits = session.logits(hidden).float()
+            best = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1).topk(k)
             scores.append((reached[:, None] + best.values.clamp_(max=0.0)).flatten())  # no child above its parent
             tokens.append(session.target_ids[best.indices].flatten())
-            parents.append(rows.repeat_interleave(k))
+            parents.append(rows[:, None].expand(-1, k).reshape(-1))
             if level == self.tree.depth:
                 break
             chosen = _likeliest(scores[-1], k)
@@ -126,11 +128,11 @@ class _Dynamic:
         """The likeliest candidates, in their order. A parent is never less likely than its child and comes first among
         equals, so it is never left out.
         """
-        kept = _likeliest(scores, min(self.tree.total_token - 1, len(scores))).sort().values
-        places = torch.full((len(scores) + 1,), -1, device=kept.device)  # the last for the root: index -1
-        places[kept] = torch.arange(len(kept), device=kept.device)
-        token_ids, parent_ids = torch.stack((tokens[kept], places[parents[kept]])).tolist()
-        return Proposal(token_ids, parent_ids)
+        # one transfer, in a type that holds all three exactly
+        ids, hangs_on, values = torch.stack((tokens.double(), parents.double(), scores.double())).tolist()
+        kept = sorted(sorted(range(len(ids)), key=lambda node: -values[node])[: self.tree.total_token - 1])
+        places = {-1: -1} | {node: place for place, node in enumerate(kept)}
+        return Proposal([int(ids[node]) for node in kept], [places[int(hangs_on[node])] for node in kept])
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ class _Static:
         """`hidden` [1, H]: recycled state of the last verified row."""
         tokens: list[Tensor] = []
         for depth, level in enumerate(self.levels, start=1):
-            best = session.draft.logits(hidden).topk(level.width).indices
+            best = session.logits(hidden).topk(level.width).indices
             tokens.append(session.target_ids[best[level.source, level.rank]])
             if depth < len(self.levels):
                 hidden = _step(session, tokens[-1][level.rows], hidden[level.row_source], depth, level.mask)
@@ -202,5 +204,5 @@ def _mask_of(sees: Tensor, session: Eagle3Session) -> Tensor:
 def _step(session: Eagle3Session, token_ids: Tensor, hidden: Tensor, depth: int, mask: Tensor | None) -> Tensor:
     """Feed the rows of a level, which see all verified rows and those of the proposal that `mask` shows."""
     if mask is not None:
-        mask = torch.cat((mask.new_zeros(len(mask), session.verified), mask), dim=1)
+        mask = F.pad(mask, (session.verified, 0))
     return session.step(token_ids, hidden, session.verified + depth - 1, mask)

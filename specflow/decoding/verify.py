@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specflow.decoding.sampling import Sampling, draw
+from specflow.decoding.sampling import Dense, Few, Sampling
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,8 @@ class Proposal:
     """Target ids; a node comes after its parent."""
     parents: list[int] | None = None
     """Index of each node's parent, -1 for the last verified token; None: a chain."""
-    draft_probs: Tensor | None = None
-    """[K, D] fp32, of a sampled chain: what each token was sampled from, over the draft vocabulary."""
-    target_ids: Tensor | None = None
-    """[D] int64: target id of each draft token."""
+    draws: Sequence[Dense | Few] = ()
+    """Of a sampled chain: what each token was drawn from."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +50,10 @@ def verify(proposal: Proposal, logits: Tensor, sampling: Sampling, generator: to
     """
     if sampling.greedy:
         return descend(proposal, _greedy_choices(logits))
-    if proposal.draft_probs is not None:
+    if proposal.draws:
         return verify_sampled_chain(proposal, logits, sampling, generator)
-    # row by row: a path visits few of a tree's nodes, and a truncated distribution takes a sort
-    return descend(proposal, lambda row: int(draw(sampling.probabilities(logits[row]), generator)))
+    # row by row: a path visits few of a tree's nodes
+    return descend(proposal, lambda row: sampling.distribution(logits[row]).draw(generator))
 
 
 def descend(proposal: Proposal, choose: Callable[[int], int]) -> Verdict:
@@ -77,7 +75,8 @@ def descend(proposal: Proposal, choose: Callable[[int], int]) -> Verdict:
 
 def _greedy_choices(logits: Tensor) -> Callable[[int], int]:
     if logits.device.type == "cpu":
-        return lambda row: int(logits[row].argmax())  # a path visits few of a tree's nodes
+        # a path visits few of a tree's nodes, and numpy's argmax takes a tenth of torch's time
+        return lambda row: int(logits[row].float().numpy().argmax())
     return logits.argmax(-1).tolist().__getitem__  # the host waits once
 
 
@@ -87,18 +86,15 @@ def verify_sampled_chain(
     """Accept draft x with probability min(1, target_probs[x] / draft_probs[x]); after a rejection sample what is left,
     (target_probs - draft_probs)+ normalised, so that the emitted token is distributed as target_probs.
     """
-    assert proposal.parents is None and proposal.draft_probs is not None and proposal.target_ids is not None
-    device, num_drafted = logits.device, len(proposal.token_ids)
-    draft_probs, target_ids = proposal.draft_probs.to(device), proposal.target_ids.to(device)
-    tokens = torch.tensor(proposal.token_ids, device=device)[:, None]
-    own = torch.where(target_ids == tokens, draft_probs, 0.0).sum(-1)  # what each token was drafted with
-    chances = torch.rand(num_drafted, generator=generator, device=device)
-    # row by row, as in `verify`: few are visited, and a truncated distribution takes a sort
-    for i, (token, least) in enumerate(zip(proposal.token_ids, (chances * own).tolist(), strict=True)):
-        target_probs = sampling.probabilities(logits[i])
-        if least < float(target_probs[token]):  # chance < target / draft, without the division
+    assert proposal.parents is None
+    num_drafted = len(proposal.token_ids)
+    chances = torch.rand(num_drafted, generator=generator, device=logits.device).tolist()
+    # row by row: few are visited
+    for i, (token, chance, draft) in enumerate(zip(proposal.token_ids, chances, proposal.draws, strict=True)):
+        target = sampling.distribution(logits[i])
+        if chance * draft.of(token) < target.of(token):  # chance < target / draft, without the division
             continue
-        left = target_probs.index_add(0, target_ids, draft_probs[i], alpha=-1).clamp_(min=0.0)
+        left = target.minus(draft)
         # equal distributions leave nothing but rounding; then the target's own is the answer
-        return Verdict(list(range(i)), int(draw(left if float(left.sum()) > 0.0 else target_probs, generator)))
-    return Verdict(list(range(num_drafted)), int(draw(sampling.probabilities(logits[-1]), generator)))
+        return Verdict(list(range(i)), (left if left.total() > 0.0 else target).draw(generator))
+    return Verdict(list(range(num_drafted)), sampling.distribution(logits[-1]).draw(generator))

@@ -165,13 +165,7 @@ def _latency(engines: Sequence[Mapping[str, Any]]) -> charts.Chart:
 
 def _parts(cost: Mapping[str, Any]) -> charts.Chart:
     """Milliseconds per emitted token: a plain step, and a step with the draft over its acceptance length."""
-    length, share = cost["acceptance_length"] or 1.0, cost["outside_share"] or 0.0
-    inside = (cost["t_draft_ms"] or 0.0) + (cost["t_verify_ms"] or 0.0)
-    parts = {
-        "drafting": cost["t_draft_ms"],
-        "verifying": cost["t_verify_ms"],
-        "outside the models": inside * share / (1.0 - share) if share < 1.0 else 0.0,
-    }
+    length, parts = cost["acceptance_length"] or 1.0, {"drafting": cost["t_draft_ms"], "verifying": cost["t_verify_ms"]}
     rows = [{"name": charts.ALONE, "part": charts.PLAIN, "value": cost["t_target_ms"]}]
     rows += [{"name": charts.DRAFT, "part": name, "value": (ms or 0.0) / length} for name, ms in parts.items()]
     return charts.stacked([row for row in rows if row["value"] is not None], "ms per token")

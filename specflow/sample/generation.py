@@ -89,7 +89,7 @@ class _Engine:
 
     def _step(self) -> None:
         """One forward: of the waiting history where there is enough of it, else of the next token of every row."""
-        cached = self.target.lengths.tolist()
+        cached = list(self.target.lengths)
         left = [len(slot.dialogue.tokens) - cached[row] for row, slot in enumerate(self.slots)]
         behind = sorted(
             (row for row, count in enumerate(left) if count > 1), key=lambda row: (cached[row] > 0, left[row])

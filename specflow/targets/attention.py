@@ -31,7 +31,11 @@ _MAX_FOLDED_ROWS = 64  # beyond this the folded mask costs more than repeated ke
 
 
 def grouped_mask(allowed: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask [b, 1, m, T] (0 or -inf) of a boolean one; repeated to [b, 1, num_groups * m, T] for few rows."""
+    """Additive mask [b, 1, m, T] (0 or -inf) of a boolean one; repeated to [b, 1, num_groups * m, T] for few rows. With
+    dtype bool, for other attention, the mask itself.
+    """
+    if dtype == torch.bool:
+        return allowed
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, float("-inf"))
     m = allowed.shape[2]
     return mask.repeat(1, 1, num_groups, 1) if m > 1 and m * num_groups <= _MAX_FOLDED_ROWS else mask

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from specflow.errors import UserError
+from specflow.model_time import MODEL_TIME
 from specflow.targets.attention import GROUPED, grouped_mask
 from specflow.targets.model import attention_of, decoder_of
 
@@ -101,7 +103,7 @@ class _PreallocatedLayer(CacheLayerMixin):
 class CachedTarget:
     """A target with a ragged key/value cache for `num_rows` sequences of at most `max_length` tokens.
 
-    `lengths` [num_rows] int64 (on CPU) counts the tokens each row holds; set an entry to forget what lies beyond it.
+    `lengths` counts the tokens each row holds; set an entry to forget what lies beyond it.
     """
 
     def __init__(
@@ -110,18 +112,19 @@ class CachedTarget:
         self.model, self.decoder, self.head = model, decoder_of(model), model.get_output_embeddings()
         self.device = next(model.parameters()).device
         self.num_rows, self.max_length = num_rows, max_length
-        self.lengths = torch.zeros(num_rows, dtype=torch.int64)
+        self.lengths = [0] * num_rows
         self._window = _Window()
         self._store = self._new_store()
         layers = [_PreallocatedLayer(num_rows, max_length, self._window, self._store) for _ in self.decoder.layers]
         self._cache = Cache(layers=layers)
-        self._aux: dict[int, Tensor] = {}
         self.aux_layer_ids = list(aux_layer_ids)
-        self._hooks = capture_hooks(self.decoder, self.aux_layer_ids, self._aux)
+        self._captured: dict[int, Tensor] = {}  # by whatever ran the model last: other targets may share it
+        self._hooks = capture_hooks(self.decoder, self.aux_layer_ids, self._captured)
+        self._aux: list[Tensor] = []  # of this target's last forward
         config = model.config.get_text_config()
         self._num_groups = config.num_attention_heads // config.num_key_value_heads
         self._sliding_window, self._layer_types = attention_of(config)
-        self._grouped, self._dtype = model.config._attn_implementation == GROUPED, model.dtype
+        self._mask_dtype = model.dtype if model.config._attn_implementation == GROUPED else torch.bool
 
     def _new_store(self) -> _Store:
         # only a single row keeps paths of trees; many rows would have to be allocated twice over to grow
@@ -144,45 +147,50 @@ class CachedTarget:
         Afterwards `aux()` holds the captured residual streams of the same tokens.
         """
         b, m = token_ids.shape
-        index = torch.arange(b) if rows is None else torch.tensor(list(rows))
-        lengths = self.lengths[index]
+        index = range(b) if rows is None else rows
+        lengths = [self.lengths[row] for row in index]
         w = self._window
-        w.end = int(lengths.max()) + m
+        w.end = max(lengths) + m
         if w.end > self.max_length:
             raise UserError(
                 f"{w.end} tokens do not fit the cache of {self.max_length}: shorten the prompt or max_new_tokens"
             )
-        w.start = int(lengths[0]) if self.num_rows == 1 else None
-        w.slots = (lengths[:, None] + torch.arange(m)).to(self.device)
-        w.rows = None if rows is None else index.to(self.device)
-        ancestors = None
+        w.start = lengths[0] if self.num_rows == 1 else None
+        w.slots = torch.tensor([range(length, length + m) for length in lengths], device=self.device)
+        w.rows = None if rows is None else torch.tensor(rows, device=self.device)
         w.positions = w.slots
-        if parents is not None:
-            assert self.num_rows == 1 and len(parents) == m - 1
-            depths, ancestors = (tensor.to(self.device) for tensor in tree_layout(tuple(parents)))
-            w.positions = (depths + w.start)[None]
-        output = self.decoder(
-            input_ids=token_ids.to(self.device),
-            position_ids=w.positions,
-            attention_mask=self._mask(ancestors),
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        self.lengths[index] = lengths + (m if counts is None else torch.tensor(list(counts)))
+        tree = None if parents is None else tuple(parents)
+        if tree is not None:
+            assert self.num_rows == 1 and len(tree) == m - 1
+            w.positions = (tree_layout(tree)[0].to(self.device) + w.start)[None]
+        token_ids, mask = token_ids.to(self.device), self._mask(tree)
+        with MODEL_TIME.call(self.device):
+            output = self.decoder(
+                input_ids=token_ids,
+                position_ids=w.positions,
+                attention_mask=mask,
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+        self._aux = [self._captured[layer] for layer in self.aux_layer_ids]
+        for row, length, count in zip(index, lengths, [m] * b if counts is None else counts, strict=True):
+            self.lengths[row] = length + count
         return output.last_hidden_state
 
-    def _mask(self, ancestors: Tensor | None) -> Any:
+    def _mask(self, tree: tuple[int, ...] | None) -> Any:
         """Masks [b, 1, m, end] by layer type, in the form the attention takes; None where a query sees everything."""
-        w, window = self._window, self._sliding_window
-        fresh_or_one = w.start is not None and (w.start == 0 or w.slots.shape[1] == 1)
-        if window is None and ancestors is None and fresh_or_one:
-            return None  # one token of one row, or a fresh prompt: sdpa's own causal path
+        w, window, m = self._window, self._sliding_window, self._window.slots.shape[1]
+        if window is None and w.start is not None:
+            if m == 1 or (tree is None and w.start == 0):
+                return None  # one token, or a fresh prompt: sdpa's own causal path
+            among_new = new_tokens_mask(m if tree is None else tree, self._num_groups, self._mask_dtype)
+            return F.pad(among_new.to(self.device), (w.start, 0), value=self._mask_dtype == torch.bool)
         keys = torch.arange(w.end, device=self.device)
-        if ancestors is None:
+        if tree is None:
             full = keys <= w.slots[:, :, None]
         else:
-            full = (keys < w.start).repeat(1, len(ancestors), 1)
-            full[0, :, w.start :] = ancestors
+            full = (keys < w.start).repeat(1, m, 1)
+            full[0, :, w.start :] = tree_layout(tree)[1].to(self.device)
             keys = torch.cat((keys[: w.start], w.positions[0]))
         if window is None:
             return self._attention_mask(full[:, None])
@@ -195,7 +203,7 @@ class CachedTarget:
         }
 
     def _attention_mask(self, allowed: Tensor) -> Tensor:
-        return grouped_mask(allowed, self._num_groups, self._dtype) if self._grouped else allowed
+        return grouped_mask(allowed, self._num_groups, self._mask_dtype)
 
     @torch.inference_mode()
     def reserve(self, max_length: int) -> None:
@@ -209,7 +217,7 @@ class CachedTarget:
     @torch.inference_mode()
     def move_row(self, source: int, into: int) -> None:
         """Copy what row `source` holds over row `into`, so that the rows in use can be kept at the front."""
-        length = int(self.lengths[source])
+        length = self.lengths[source]
         for layer in self._cache.layers:
             layer.keys[into, :, :length] = layer.keys[source, :, :length]
             layer.values[into, :, :length] = layer.values[source, :, :length]
@@ -233,19 +241,19 @@ class CachedTarget:
             for tensor in self._store.tensors:
                 tensor[..., w.start + in_place : w.start + end, :] = tensor.index_select(-2, source)
         self.lengths[0] = w.start + end
-        for layer in self.aux_layer_ids:
-            self._aux[layer] = self._aux[layer][:, kept]
+        self._aux = [states[:, kept] for states in self._aux]
 
     def aux(self) -> Tensor:
         """Residual streams [b, m, len(aux_layer_ids) * hidden] of the last forward, in ascending layer order; after
         `keep` of what it kept.
         """
-        return torch.cat([self._aux[layer].to(self.device) for layer in self.aux_layer_ids], dim=-1)
+        return torch.cat([states.to(self.device) for states in self._aux], dim=-1)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab_size] of post-norm states: the head alone, as `fetch` refuses targets that do more."""
-        return self.head(hidden).to(self.device)  # a target over several GPUs ends on the last of them
+        with MODEL_TIME.call(self.device):
+            return self.head(hidden).to(self.device)  # a target over several GPUs ends on the last of them
 
     def close(self) -> None:
         for hook in self._hooks:
@@ -264,6 +272,15 @@ def tree_layout(parents: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         depths[node] = depths[parent + 1] + 1
         ancestors[node] |= ancestors[parent + 1]
     return torch.from_numpy(depths), torch.from_numpy(ancestors)
+
+
+@lru_cache(maxsize=256)
+def new_tokens_mask(tokens: int | tuple[int, ...], num_groups: int, dtype: torch.dtype) -> Tensor:
+    """`grouped_mask` of new tokens among themselves: so many in a row, or the root and the nodes of a tree of these
+    parents.
+    """
+    sees = torch.ones(tokens, tokens, dtype=torch.bool).tril_() if isinstance(tokens, int) else tree_layout(tokens)[1]
+    return grouped_mask(sees[None, None], num_groups, dtype)
 
 
 def capture_hooks(decoder: torch.nn.Module, layer_ids: Sequence[int], into: dict[int, Tensor]) -> list[Any]:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 MARGIN = 0.2
-"""Candidates predicted within this share of the best are worth measuring: predictions leave out what lies between
-model calls."""
+"""Candidates predicted within this share of the best are worth measuring: predictions are of greedy steps
+behind random tokens."""
 
 
 @dataclass(frozen=True, order=True)

@@ -32,7 +32,7 @@ class Measured:
     """Ratio of tokens per second of whole requests."""
     step_ms: float
     outside_share: float | None
-    """Share of the decode time that is neither drafting nor verifying, and in no prediction."""
+    """Share of the decode time outside model calls (`metrics.cost`)."""
     speedup_ci: tuple[float, float] | None = None
     lossless_rate: float | None = None
     """Greedy answers that are the target's own; None where answers are drawn, or it was not looked at."""

@@ -155,7 +155,7 @@ def cost(
 ) -> dict[str, float | None]:
     """Milliseconds of a plain step, of a verification and of a proposal, and the decode speedup that they predict.
 
-    `outside_share` is the part of the engine's decode time that is neither drafting nor verifying. None: not measured.
+    `outside_share`: what of the engine's decode time lies in no call of the target or of the draft. None: not known.
     """
 
     def mean_ms(seconds: float, records: Sequence[Record]) -> float | None:
@@ -167,11 +167,11 @@ def cost(
     predicted = None
     if target is not None and verify is not None and draft is not None and acceptance_length is not None:
         predicted = acceptance_length * target / (draft + verify) if draft + verify > 0 else None
-    decode_s = sum(r.decode_s for r in engine)
+    decode_s, inside = sum(r.decode_s for r in engine), [r.model_s for r in engine if r.model_s is not None]
     return {
         "t_target_ms": target,
         "t_verify_ms": verify,
         "t_draft_ms": draft,
         "predicted_speedup": predicted,
-        "outside_share": 1.0 - sum(r.draft_s + r.verify_s for r in engine) / decode_s if decode_s > 0 else None,
+        "outside_share": 1.0 - sum(inside) / decode_s if decode_s > 0 and len(inside) == len(engine) else None,
     }

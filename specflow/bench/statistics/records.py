@@ -44,6 +44,8 @@ class Record:
     """Which of a question's answers, each with its own seed and history."""
     started_at: float = 0.0
     """Unix time at which the request began; 0 in records from before it was kept."""
+    model_s: float | None = None
+    """Part of decode_s inside model calls; None in records from before it was measured, and of a server."""
 
     def __post_init__(self) -> None:
         emitted = 1 + sum(accepted + 1 for _, accepted in self.steps) - self.num_cut

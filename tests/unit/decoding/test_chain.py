@@ -63,10 +63,10 @@ def test_sampled_tokens_come_from_the_probabilities_handed_over(table: torch.Ten
         chain.session.verified = 10  # as before the proposal
         proposal = chain.propose(history, aux[-1:], 1, sampling, generator)
         counts[proposal.token_ids[0]] += 1
-    assert proposal.draft_probs is not None and proposal.target_ids is not None
-    expected = torch.zeros(V).scatter_(0, proposal.target_ids, proposal.draft_probs[0])
+    (drawn_from,) = proposal.draws
+    expected = torch.zeros(V).scatter_(0, *drawn_from.pairs())
     scratch = sampling.probabilities(Scratch(draft, table, history, aux).logits([]))
-    torch.testing.assert_close(proposal.draft_probs[0], scratch)
+    torch.testing.assert_close(expected[draft.d2t + torch.arange(D)], scratch)
     assert float((counts / num - expected).abs().max()) < 0.04
     assert float(expected[~draft.t2d].sum()) == 0.0 and float(counts[expected == 0].sum()) == 0.0
 
@@ -77,8 +77,7 @@ def test_a_sampled_chain_feeds_back_what_it_sampled(table: torch.Tensor) -> None
     chain.start(history, aux)
     proposal = chain.propose(history, aux[-1:], 4, Sampling(2.0), torch.Generator().manual_seed(3))
     scratch = Scratch(draft, table, history, aux)
-    assert proposal.draft_probs is not None
     for k in range(4):
         expected = Sampling(2.0).probabilities(scratch.logits(proposal.token_ids[:k]))
-        torch.testing.assert_close(proposal.draft_probs[k], expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(proposal.draws[k].pairs()[1], expected, rtol=1e-4, atol=1e-6)
     assert proposal.token_ids != scratch.chain(4), "a greedy chain would prove nothing"

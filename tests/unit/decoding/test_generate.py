@@ -1,5 +1,7 @@
 """The decoding loop on a tiny random Llama: greedy speculation equals greedy decoding, and the accounting adds up."""
 
+import itertools
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -231,3 +233,16 @@ def test_optimised_forward_equals_the_plain_one() -> None:
                     torch.testing.assert_close(
                         pair[0].aux()[row, :real], pair[1].aux()[row, :real], atol=2e-5, rtol=1e-4
                     )
+
+
+@pytest.mark.parametrize(("k", "calls"), [(0, 2), (1, 4), (3, 8)])
+def test_model_time_is_the_calls_of_target_and_draft(monkeypatch: pytest.MonkeyPatch, k: int, calls: int) -> None:
+    """By a clock that ticks at each reading, so that a call takes 1. A step: the target's decoder and head; the draft's
+    ingestion, k - 1 further rows, k heads. The prompt's forward is no step's.
+    """
+    target = make_target()
+    drafter = make_chain(target) if k else None
+    monkeypatch.setattr(time, "perf_counter", itertools.count().__next__)
+    done = run(target, drafter, k=k, new=20)
+    assert done.model_s == calls * len(done.steps)
+    assert done.decode_s == done.draft_s + done.verify_s > done.model_s

@@ -53,8 +53,8 @@ def test_rollback_equals_a_fresh_prefill(k: int) -> None:
             fresh.start(history, aux)
             expected = fresh.propose(history, aux, num_tokens, sampling, generator)
             proposal = kept.propose(history, aux, num_tokens, sampling, generator)
-            length = int(kept.target.lengths[0])
-            assert length == int(fresh.target.lengths[0]) == len(history) + num_tokens - 1
+            length = kept.target.lengths[0]
+            assert length == fresh.target.lengths[0] == len(history) + num_tokens - 1
             for ours, theirs in zip(kept.target._cache.layers, fresh.target._cache.layers, strict=True):
                 torch.testing.assert_close(ours.keys[:, :, :length], theirs.keys[:, :, :length], atol=1e-4, rtol=1e-4)
             compared.append((proposal.token_ids, expected.token_ids))

@@ -116,7 +116,7 @@ def test_dynamic_tree_at_a_temperature_ranks_by_the_probabilities_there(table: t
         proposal = drafter.propose(history, aux[-1:], 3, Sampling(temperature, 0.9, 2), torch.Generator())
         found[temperature] = set(paths_of(proposal))
         assert found[temperature] == eagle2(scratch, tree, temperature)
-        assert proposal.draft_probs is None
+        assert not proposal.draws
     assert found[0.2] != found[1.5]
 
 

@@ -215,7 +215,7 @@ def test_a_tree_and_the_path_kept_of_it(pair: tuple[PreTrainedModel, Reference])
         target.keep(right[:accepted])
         close(target.aux()[0], reference.aux[0][at : at + 1 + accepted])
         at += 1 + accepted
-        assert target.lengths.tolist() == [at]
+        assert target.lengths == [at]
     target.close()
 
 

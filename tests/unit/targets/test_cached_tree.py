@@ -46,7 +46,7 @@ def make_target(model: PreTrainedModel) -> CachedTarget:
 
 def keys_and_values(target: CachedTarget) -> torch.Tensor:
     """[layers, 2, heads, length, head_dim] of the one row."""
-    length = int(target.lengths[0])
+    length = target.lengths[0]
     both = [torch.stack((layer.keys[0], layer.values[0])) for layer in target._cache.layers]
     return torch.stack(both)[:, :, :, :length].clone()
 
@@ -111,7 +111,7 @@ def test_what_is_kept_equals_a_fresh_prefill(model: PreTrainedModel, path: list[
 
     kept = PREFIX + [tokens[node] for node in path]
     fresh.forward(torch.tensor([kept]))
-    assert tree.lengths.tolist() == fresh.lengths.tolist() == [len(kept)]
+    assert tree.lengths == fresh.lengths == [len(kept)]
     torch.testing.assert_close(keys_and_values(tree), keys_and_values(fresh), rtol=1e-4, atol=2e-5)
     for step in ([4], [30, 21, 19]):
         got, expected = (target.forward(torch.tensor([step])) for target in (tree, fresh))
@@ -141,3 +141,16 @@ def test_more_room_holds_what_was_there(model: PreTrainedModel) -> None:
         target.forward(torch.tensor([[1, 2, 3, 4, 5]]), parents=[-1, -1, 1, 2])
         target.keep([1, 2])
     assert torch.equal(keys_and_values(small), keys_and_values(large))
+
+
+def test_targets_of_one_model_keep_their_own_states(model: PreTrainedModel) -> None:
+    """The model's hooks fire for whoever runs it."""
+    alone, one, other = make_target(model), make_target(model), make_target(model)
+    for target in (alone, one):
+        target.forward(torch.tensor([PREFIX]))
+    expected = alone.aux()
+    alone.close()
+    other.forward(torch.tensor([PREFIX[::-1]]))
+    assert torch.equal(one.aux(), expected) and not torch.equal(other.aux(), expected)
+    one.keep([0, 1])
+    assert torch.equal(one.aux(), expected[:, :3])

@@ -132,11 +132,11 @@ def test_repeats_equal() -> None:
 def test_cost_predicts_the_decode_speedup() -> None:
     baseline, draft = [plain(9, seconds=0.8)], [record([1] * 4, seconds=0.5)]
     costs = metrics.cost(baseline, draft, 2.0)
-    assert costs["t_target_ms"] == pytest.approx(0.45 * 800 / 8)
-    assert costs["t_verify_ms"] == pytest.approx(0.45 * 500 / 4)
+    assert costs["t_target_ms"] == pytest.approx(0.6 * 800 / 8)
+    assert costs["t_verify_ms"] == pytest.approx(0.6 * 500 / 4)
     assert costs["t_draft_ms"] == pytest.approx(0.15 * 500 / 4)
-    assert costs["predicted_speedup"] == pytest.approx(2 * 45 / (56.25 + 18.75))
-    assert costs["outside_share"] == pytest.approx(1 - 0.6 / 0.75)
+    assert costs["predicted_speedup"] == pytest.approx(2 * 60 / (75 + 18.75))
+    assert costs["outside_share"] == pytest.approx(1 - 0.72 / 0.75)
     alone = metrics.cost([], draft, 2.0)
     assert alone["t_target_ms"] is None is alone["predicted_speedup"] and alone["t_draft_ms"] == costs["t_draft_ms"]
 
@@ -145,5 +145,6 @@ def test_records_survive_json() -> None:
     row = record([1, 2], sample=2, started_at=1e9)
     assert Record.from_json(row.to_json()) == row
     assert row.to_json()["id"] == "s/q0/0/2/0/draft"
-    old = {name: value for name, value in row.to_json().items() if name not in ("sample", "started_at")}
+    old = {name: value for name, value in row.to_json().items() if name not in ("sample", "started_at", "model_s")}
     assert Record.from_json(old).request == ("s", "q0", 0, 0)
+    assert metrics.cost([], [row, Record.from_json(old)], 1.5)["outside_share"] is None, "not measured in all of them"
