@@ -139,9 +139,10 @@ def serve_until_stopped(
             )
         )
     )
-    if drafting(family, engine, draft, num_speculative_tokens)[0] and find_install(
-        engine, family.serve, paths.cache
-    ).draws_wrongly:
+    if (
+        drafting(family, engine, draft, num_speculative_tokens)[0]
+        and find_install(engine, family.serve, paths.cache).draws_wrongly
+    ):
         say("ask it at temperature 0: above, this build for CPU draws wrongly where it verifies drafts")
     with child_server(
         family,

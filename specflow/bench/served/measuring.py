@@ -92,8 +92,8 @@ def check_possible(family: Family, name: str, paths: Paths, serve: BenchServe) -
         install = find_install(serve.engine, family.serve, paths.cache)
         if install.draws_wrongly and family.bench.temperature > 0:
             raise UserError(
-                f"bench.temperature is {family.bench.temperature}, but {install.engine} {install.version} for CPU draws "
-                "wrongly above 0 where it verifies drafts (docs/serving.md): set it to 0, or measure on a GPU"
+                f"bench.temperature is {family.bench.temperature}, but {install.engine} {install.version} for CPU "
+                "draws wrongly above 0 where it verifies drafts (docs/serving.md): set it to 0, or measure on a GPU"
             )
 
 
