@@ -17,14 +17,22 @@ from tests.bench_project import make_bench_project, without_times
 
 OPTIONS = ["--num-prompts", "2", "--max-new-tokens", "8", "--no-references", "-k", "2"]
 SAMPLING = ["--temperature", "1", "--num-samples", "2"]
-# Every process that has this on its path runs it first: one dies by SIGKILL at its fifth record, once.
+# Every process that has this on its path runs it first: one dies by SIGKILL at its fifth record, once. The first two
+# wait for each other behind their first record, so that they do measure at the same time.
 DIE_ONCE = """
-import os, pathlib, signal
+import os, pathlib, signal, time
 from specflow import files
-append, marker = files.RowLog.append, pathlib.Path(__file__).with_name("killed")
+append, folder = files.RowLog.append, pathlib.Path(__file__).parent
+marker = folder / "killed"
 def killing(self, row):
     append(self, row)
-    if sum('"engine"' in line for line in self.path.read_text().splitlines()) >= 5 and not marker.exists():
+    records = sum('"engine"' in line for line in self.path.read_text().splitlines())
+    if records == 1:
+        (folder / f"began-{os.getpid()}").touch()
+        deadline = time.monotonic() + 60
+        while len(list(folder.glob("began-*"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+    if records >= 5 and not marker.exists():
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
 files.RowLog.append = killing

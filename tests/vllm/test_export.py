@@ -42,7 +42,7 @@ SECTIONS = {
     "sample": {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": 4},
     "vocab": {"draft_vocab_size": 200},
     "extract": {"dtype": "float32", "max_length_tokens": 200, "batch_tokens": 400},
-    "train": {"ttt_steps": K, "epochs": 150, "batch_tokens": 400, "lr": 5e-3, "warmup_ratio": 0.1, "evals": 2},
+    "train": {"ttt_steps": K, "epochs": 60, "batch_tokens": 400, "lr": 5e-3, "warmup_ratio": 0.1, "evals": 2},
     "export": {"num_speculative_tokens": K},
 }
 
