@@ -32,6 +32,13 @@ def test_greedy_accepts_until_the_first_mismatch(wrong_at: int | None, accepted:
     assert verdict.next_token == choices[accepted]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_equal_logits_the_first_is_greedy(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0, 2.0], [3.0, 3.0, 3.0, 3.0]], dtype=dtype)
+    verdict = verify(Proposal([1]), logits, GREEDY, None)
+    assert (verdict.accepted, verdict.next_token) == (1, 0)
+
+
 def test_a_match_after_a_mismatch_does_not_count() -> None:
     assert verify(Proposal([0, 6, 7]), logits_of([5, 6, 7, 8]), GREEDY, None).accepted == 0
 
