@@ -78,23 +78,23 @@ class Sampling:
         if 0 < self.top_k < len(logits):
             likely, ids = logits.topk(self.top_k + 1)
             scores = likely.float() / self.temperature
-            probs, tie, others = torch.softmax(scores[:-1], dim=-1), bool(scores[-1] == scores[-2]), False
+            probs, more, unseen = torch.softmax(scores[:-1], dim=-1), bool(scores[-1] == scores[-2]), False
         else:
             scores = logits.float() / self.temperature
             num_likely = NUM_LIKELY if target_ids is None else NUM_DRAFTED
             probs, ids = torch.softmax(scores, dim=-1).topk(min(num_likely, len(scores)))
-            tie, others = False, len(probs) < len(scores)
+            more, unseen = False, len(probs) < len(scores)
         values = probs.tolist()
         if self.top_p < 1.0:
             reached = list(accumulate(values))
             count = bisect_left(reached, self.top_p) + 1
             while count < len(values) and values[count] == values[count - 1]:
                 count += 1
-            tie = tie or (others and count >= len(values))
+            more = more or (unseen and count >= len(values))
             values = [value / reached[:count][-1] for value in values[:count]]
         if target_ids is not None:
             ids = target_ids[ids]
-        elif tie:
+        elif more:
             return None
         return Few(values, ids[: len(values)].tolist())
 
@@ -118,6 +118,7 @@ class Dense:
 
     def minus(self, other: Dense | Few) -> Dense:
         """What it has beyond `other`, not normalised."""
+        assert self.ids is None
         ids, probs = (part.to(self.probs.device) for part in other.pairs())
         return Dense(self.probs.index_add(0, ids, probs, alpha=-1).clamp_(min=0.0))
 
@@ -125,6 +126,7 @@ class Dense:
         return float(self.probs.sum())
 
     def draw(self, generator: torch.Generator | None) -> int:
+        assert self.ids is None
         return int(draw(self.probs, generator))
 
 
