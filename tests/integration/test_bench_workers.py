@@ -69,7 +69,8 @@ def test_workers_make_the_records_of_one_and_a_killed_run_resumes(project: Path,
     # whether these few records of two workers overlap in time is up to the machine
     said = "several workers measured on one CPU at the same time" in found["verdict"]
     assert said is found["conditions"]["shared_cpu"]
-    assert found["verdict"].startswith("No conclusion") and found["verdict"] in together.stdout
+    assert found["verdict"].startswith("No conclusion") or not said
+    assert found["verdict"] in together.stdout
     assert sorted(file.name for file in (tmp_path / "workers").iterdir()) == [
         "job.json",
         "records.jsonl",
