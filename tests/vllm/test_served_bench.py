@@ -31,7 +31,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path, vllm_ve
     made.settings["families"]["tiny"]["bench"] = BENCH
     made.settings["offline"] = ["tiny"]
     made.params = parse_params(made.settings)
-    write_json(made.paths.metrics("train_offline"), {f"survival_{i}": 0.9**i for i in range(1, K + 1)})
+    write_json(made.paths.metrics("train_offline"), {f"survival_{i}": 0.5**i for i in range(1, K + 1)})
     return made
 
 
@@ -80,7 +80,7 @@ def test_requests_add_up_to_the_servers_counters(project: TinyProject, metrics: 
 def test_gap(project: TinyProject, metrics: dict[str, float]) -> None:
     found = json.loads((project.paths.bench / "served.json").read_text(encoding="utf-8"))["gap"]
     assert found["served"] == found["in_process"] and found["gap_to_in_process"] == 0.0
-    expected = 1 + sum(0.9**i for i in range(1, K + 1))
+    expected = 1 + sum(0.5**i for i in range(1, K + 1))
     assert metrics["train_to_serve_gap"] == pytest.approx(found["served"] / expected - 1) == found["gap"]
     checks = {check["what"]: check["ok"] for check in found["checks"]}
     what = {"export", "chat template", "prompt length", "dtype", "K", "target's output"}
