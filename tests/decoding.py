@@ -184,3 +184,10 @@ def fits(observed: np.ndarray, chances: np.ndarray) -> float:
     cells += list(itertools.compress(zip(observed.ravel(), expected, strict=True), ~rare))
     got, wanted = np.array(cells).T
     return float(chisquare(got, wanted * got.sum() / wanted.sum()).pvalue)
+
+
+def sequence(length: int) -> tuple[list[int], torch.Tensor]:
+    """Tokens and the aux rows of all but the last."""
+    generator = torch.Generator().manual_seed(5)
+    history = torch.randint(0, V, (length,), generator=generator).tolist()
+    return history, torch.randn(length - 1, 3 * H, generator=generator)

@@ -124,7 +124,8 @@ def serve_until_stopped(
     """`specflow serve`: print the command that does the same elsewhere, serve, and stop on Ctrl-C."""
     if family.serve.url is not None:
         raise UserError(f"families.{name}.serve.url is set: that server is somebody else's to start")
-    if draft is None and not drafting(family, engine, draft, num_speculative_tokens)[0]:
+    drafts = drafting(family, engine, draft, num_speculative_tokens)[0]
+    if draft is None and not drafts:
         say("without the draft, as serve.speculative recommends; --draft or -k drafts all the same")
     say(
         str(
@@ -139,10 +140,7 @@ def serve_until_stopped(
             )
         )
     )
-    if (
-        drafting(family, engine, draft, num_speculative_tokens)[0]
-        and find_install(engine, family.serve, paths.cache).draws_wrongly
-    ):
+    if drafts and find_install(engine, family.serve, paths.cache).draws_wrongly:
         say("ask it at temperature 0: above, this build for CPU draws wrongly where it verifies drafts")
     with child_server(
         family,

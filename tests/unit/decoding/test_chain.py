@@ -6,7 +6,7 @@ import torch
 from specflow.decoding.chain import ChainDrafter
 from specflow.decoding.eagle3 import Eagle3Session
 from specflow.decoding.sampling import GREEDY, Sampling
-from tests.decoding import H, Scratch, V, make_draft
+from tests.decoding import H, Scratch, V, make_draft, sequence
 
 D = 16
 
@@ -14,13 +14,6 @@ D = 16
 @pytest.fixture
 def table() -> torch.Tensor:
     return torch.randn(V, H, generator=torch.Generator().manual_seed(4))
-
-
-def sequence(length: int) -> tuple[list[int], torch.Tensor]:
-    """Tokens and the aux rows of all but the last."""
-    generator = torch.Generator().manual_seed(5)
-    history = torch.randint(0, V, (length,), generator=generator).tolist()
-    return history, torch.randn(length - 1, 3 * H, generator=generator)
 
 
 def make_chain(table: torch.Tensor) -> ChainDrafter:

@@ -17,7 +17,7 @@ from specflow.decoding.sampling import GREEDY, Sampling
 from specflow.decoding.tree import TreeDrafter
 from specflow.decoding.verify import Proposal
 from specflow.errors import UserError
-from tests.decoding import PROMPT, H, Scratch, V, make_draft, make_session, make_target
+from tests.decoding import PROMPT, H, Scratch, V, make_draft, make_session, make_target, sequence
 
 D = 16
 BRANCHES = [[0, 0], [0], [2], [1], [0, 1, 3], [0, 1], [2, 0], [0, 1, 0], [0, 1, 3, 0], [5]]  # in no order
@@ -26,13 +26,6 @@ BRANCHES = [[0, 0], [0], [2], [1], [0, 1, 3], [0, 1], [2, 0], [0, 1, 0], [0, 1, 
 @pytest.fixture
 def table() -> torch.Tensor:
     return torch.randn(V, H, generator=torch.Generator().manual_seed(4))
-
-
-def sequence(length: int) -> tuple[list[int], torch.Tensor]:
-    """Tokens and the aux rows of all but the last."""
-    generator = torch.Generator().manual_seed(5)
-    history = torch.randint(0, V, (length,), generator=generator).tolist()
-    return history, torch.randn(length - 1, 3 * H, generator=generator)
 
 
 def make_session_of(table: torch.Tensor) -> Eagle3Session:
