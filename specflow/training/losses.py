@@ -95,7 +95,7 @@ class _FusedLoss(torch.autograd.Function):
         stride = max(1, chunk_rows // num_steps)
         edges = torch.tensor([*range(0, num_positions, stride), num_positions], device=head.device)
         bounds = torch.stack([torch.searchsorted(rows, edges) for rows in teacher_rows]).tolist()
-        grad_head = torch.zeros(head.shape[::-1], dtype=head.dtype, device=head.device)  # [H, D]
+        grad_head: Tensor | None = None  # [H, D]
         grad_hidden = [torch.empty_like(h) for h in hidden]
         compute_head = head.to(hidden[0].dtype)  # bf16 products under autocast, gradients of the head summed in fp32
         for chunk, start in enumerate(range(0, num_positions, stride)):
@@ -110,18 +110,20 @@ class _FusedLoss(torch.autograd.Function):
             labels = None if teacher.labels is None else teacher.labels[positions]
             probs = _teacher_probs(teacher, start, stop, loss)
             row_loss, match = _rows_loss(logits, probs, positions - start, labels, eta)
-            for part, weight in zip(torch.split(logits, sizes), weights, strict=True):
-                part *= weight  # the logits are their own gradient by now
-            grad = logits.to(states.dtype)
+            grad = logits.to(states.dtype)  # by now the unweighted gradient: the weights go to the narrow operands
             grad_states = torch.split(matmul(grad, compute_head), sizes)
-            for into, span, part in zip(grad_hidden, spans, grad_states, strict=True):
-                into[span] = part
-            grad_head += matmul(states.t(), grad)  # its left operand, which is copied, is the narrow one
+            for into, span, part, weight in zip(grad_hidden, spans, grad_states, weights, strict=True):
+                torch.mul(part, weight, out=into[span])
+            for part, weight in zip(torch.split(states, sizes), weights, strict=True):
+                part *= weight
+            part = matmul(states.t(), grad)  # its left operand is copied
+            grad_head = part.to(head.dtype) if grad_head is None else grad_head.add_(part)
             for k, parts in enumerate(zip(torch.split(row_loss, sizes), torch.split(match, sizes), strict=True)):
                 sums[0, k] += parts[0].sum(dtype=torch.float64)
                 sums[1, k] += parts[1].sum()
                 sums[2, k] += sizes[k]
-        ctx.save_for_backward(grad_head.t().contiguous(), *grad_hidden)
+        grad_head = torch.zeros_like(head) if grad_head is None else grad_head.t().contiguous()
+        ctx.save_for_backward(grad_head, *grad_hidden)
         return (sums[0] * torch.tensor(weights, device=sums.device)).sum().to(head.dtype)
 
     @staticmethod
@@ -158,21 +160,21 @@ def _rows_loss(
     losses, match = logits.new_empty(num_rows), torch.zeros(num_rows, dtype=torch.bool, device=logits.device)
     for rows in (slice(i, i + block) for i in range(0, num_rows, block)):
         part = logits[rows]
-        part -= part.amax(-1, keepdim=True)
+        highest = part.amax(-1)
         if labels is not None:
-            likeliest = part.gather(-1, labels[rows, None].clamp(min=0)).squeeze(-1) == 0
+            likeliest = part.gather(-1, labels[rows, None].clamp(min=0)).squeeze(-1) == highest
             match[rows] = likeliest & (labels[rows] >= 0)
         probs, full_probs = teacher_probs
         at = positions[rows]
-        losses[rows] = _loss_of(part, probs[at], None if full_probs is None else full_probs[at], eta)
+        losses[rows] = _loss_of(part, highest, probs[at], None if full_probs is None else full_probs[at], eta)
     return losses, match
 
 
-def _loss_of(logits: Tensor, probs: Tensor, full_probs: Tensor | None, eta: float) -> Tensor:
-    """Loss [c] of logits [c, D] whose largest is 0 in each row; its gradient is written over them."""
+def _loss_of(logits: Tensor, highest: Tensor, probs: Tensor, full_probs: Tensor | None, eta: float) -> Tensor:
+    """Loss [c] of logits [c, D], the `highest` [c] of each row known; its gradient is written over them."""
     draft_probs = logits.softmax(-1)
-    # the logarithm of the sum of exponentials is that of 1 / the largest probability
-    kl: Tensor = -torch.linalg.vecdot(probs, logits) - draft_probs.amax(-1).log()
+    # the largest probability is exp(highest) / the sum of exponentials
+    kl: Tensor = highest - draft_probs.amax(-1).log() - torch.linalg.vecdot(probs, logits)
     if full_probs is None:
         torch.sub(draft_probs, probs, out=logits)
         return kl
