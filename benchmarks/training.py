@@ -30,6 +30,10 @@ from specflow.training.packing import Batch, Document, pack, plan_batches
 
 PEERS_TOK_S = {3: ("speculators, trained head", 636.0), 7: ("plain prototype", 308.0)}
 PEERS_PEAK_GFLOPS = 184.0
+ROUNDS = 7
+"""Of peak and steps in turn; medians of their ratios are printed, since the clock of a shared machine drifts by 5 %
+within a run.
+"""
 H, D, V, INTERMEDIATE = 576, 8192, 49152, 1536
 CONFIG = Eagle3Config(
     hidden_size=H,
@@ -124,12 +128,16 @@ def time_steps(trainer: Trainer, batches: list[Batch], runs: int) -> float:
     return best_of(runs, lambda: [trainer.step([batch], 0) for batch in batches])
 
 
+def spread(shares: list[float]) -> str:
+    return f"{statistics.median(shares):.1%} [{min(shares):.1%}, {max(shares):.1%}]"
+
+
 def peers(runs: int) -> None:
     for ttt_steps, (peer, peer_tok_s) in PEERS_TOK_S.items():
         documents = [random_document(256, [(0, 256)]) for _ in range(2)]
         trainer, batch = make_trainer(documents, ttt_steps), pack(documents, ttt_steps)
         ratios, shares = [], []
-        for _ in range(3):
+        for _ in range(ROUNDS):
             plain, onednn = gemm_peaks()
             seconds = time_steps(trainer, [batch], runs)
             ratios.append(512 / seconds / (peer_tok_s * plain / PEERS_PEAK_GFLOPS))
@@ -137,7 +145,7 @@ def peers(runs: int) -> None:
         print(
             f"2 x 256 tokens, all supervised, TTT {ttt_steps}: {512 / seconds:.0f} tok/s = "
             f"{statistics.median(ratios):.2f} x "
-            f"{peer} scaled to torch's peak of {plain:.0f} GFLOP/s; {statistics.median(shares):.0%} of the oneDNN peak "
+            f"{peer} scaled to torch's peak of {plain:.0f} GFLOP/s; {spread(shares)} of the oneDNN peak "
             f"({onednn:.0f}), {statistics.median(shares) * onednn / plain:.0%} of torch's"
         )
 
@@ -158,13 +166,15 @@ def packed_against_padded(family: str, runs: int) -> None:
         pack([every_row(d, max(len(x.token_ids) for x in group)) for d in group], settings.ttt_steps)
         for group in groups
     ]
-    plain, onednn = gemm_peaks()
-    base = time_steps(trainer, packed, runs)
-    flops = sum(useful_flops(batch) for batch in packed)
+    flops, shares = sum(useful_flops(batch) for batch in packed), []
+    for _ in range(ROUNDS):
+        plain, onednn = gemm_peaks()
+        base = time_steps(trainer, packed, runs)
+        shares.append(flops / base / 1e9 / onednn)
     tokens = sum(len(d.token_ids) for group in groups for d in group)
     print(
         f"{family}, {len(groups)} packed batches: {tokens / base:.0f} tok/s, {flops / base / 1e9:.0f} GFLOP/s useful = "
-        f"{flops / base / 1e9 / onednn:.0%} of the oneDNN peak ({onednn:.0f}), "
+        f"{spread(shares)} of the oneDNN peak ({onednn:.0f}), "
         f"{flops / base / 1e9 / plain:.0%} of torch's ({plain:.0f})"
     )
     print(
