@@ -13,10 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NUM_LIKELY = 128
-"""Tokens among which top-p is looked for: they hold 0.9 at 19 of 20 positions of SmolLM2-135M at temperature 0.8."""
-NUM_DRAFTED = 32
-"""The same for a draft."""
+LEAST_LIKELY = 2.0**-12
+"""Tokens as likely as this are looked at for top-p; where they do not reach it, all are."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,7 @@ class Sampling:
 
     def distribution(self, logits: Tensor) -> Dense | Few:
         """What `probabilities` gives for logits [V]: on a CPU as the tokens that are kept, where they are few."""
-        few = self._few(logits) if on_cpu(logits) and self._truncates(logits) else None
-        return few or Dense(self.probabilities(logits))
+        return self._few(logits) or Dense(self.probabilities(logits))
 
     def draft(
         self, logits: Tensor, target_ids: Tensor, generator: torch.Generator | None
@@ -58,45 +55,53 @@ class Sampling:
         """Draw a draft token [1] by logits [D] of the tokens `target_ids` [D], and tell what it was drawn from. On a
         GPU the host does not wait.
 
-        On a CPU top_p looks at the NUM_DRAFTED likeliest tokens alone: a draft may be drawn from anything.
+        On a CPU top_p may look at the tokens above LEAST_LIKELY alone: a draft may be drawn from anything.
         """
-        if on_cpu(logits) and self._truncates(logits):
-            few = self._few(logits, target_ids)
-            assert few is not None
+        if few := self._few(logits, cut_short=True):
+            few = Few(few.probs, target_ids[few.ids].tolist())
             return torch.tensor([few.draw(generator)]), few
         probs = self.probabilities(logits)
         return target_ids[draw(probs[None], generator)], Dense(probs, target_ids)
 
-    def _truncates(self, logits: Tensor) -> bool:
-        return self.top_p < 1.0 or 0 < self.top_k < len(logits)
-
-    def _few(self, logits: Tensor, target_ids: Tensor | None = None) -> Few | None:
-        """What is kept, found among few tokens: between two forwards the processor's caches hold none of this, so that
-        every operation over a whole row costs as much as the one that picks them. None where they do not tell: more are
-        kept, or further ones may be as likely as the last. A draft's, of `target_ids`, is cut there instead.
+    def _few(self, logits: Tensor, cut_short: bool = False) -> Few | None:
+        """What is kept of logits [V], likeliest first, found among few tokens: between two forwards the processor's
+        caches hold none of this, so that every operation over a whole row costs as much as the one that picks them.
+        None on a GPU, where nothing is cut, and where those few do not reach top_p; `cut_short` takes them then.
         """
-        if 0 < self.top_k < len(logits):
-            likely, ids = logits.topk(self.top_k + 1)
-            scores = likely.float() / self.temperature
-            probs, more, unseen = torch.softmax(scores[:-1], dim=-1), bool(scores[-1] == scores[-2]), False
-        else:
-            scores = logits.float() / self.temperature
-            num_likely = NUM_LIKELY if target_ids is None else NUM_DRAFTED
-            probs, ids = torch.softmax(scores, dim=-1).topk(min(num_likely, len(scores)))
-            more, unseen = False, len(probs) < len(scores)
-        values = probs.tolist()
+        by_count = 0 < self.top_k < len(logits)
+        if not on_cpu(logits) or not (by_count or self.top_p < 1.0):
+            return None
+        values, tokens = self._of_top_k(logits) if by_count else self._above_least(logits)
         if self.top_p < 1.0:
             reached = list(accumulate(values))
             count = bisect_left(reached, self.top_p) + 1
+            if count > len(values) and not (by_count or (cut_short and values)):
+                return None
             while count < len(values) and values[count] == values[count - 1]:
                 count += 1
-            more = more or (unseen and count >= len(values))
             values = [value / reached[:count][-1] for value in values[:count]]
-        if target_ids is not None:
-            ids = target_ids[ids]
-        elif more:
-            return None
-        return Few(values, ids[: len(values)].tolist())
+        return Few(values, tokens[: len(values)])
+
+    def _of_top_k(self, logits: Tensor) -> tuple[list[float], list[int]]:
+        """Probabilities among the top_k tokens and those as likely as the last, and the tokens; likeliest first."""
+        likely, ids = logits.topk(self.top_k + 1)
+        scores = likely.float() / self.temperature
+        if scores[-1] < scores[-2]:
+            scores, ids = scores[:-1], ids[:-1]
+        else:  # further ones may be as likely
+            row = logits.float() / self.temperature
+            ids = (row >= scores[-1]).nonzero()[:, 0]
+            scores, order = row[ids].sort(descending=True, stable=True)
+            ids = ids[order]
+        return torch.softmax(scores, dim=-1).tolist(), ids.tolist()
+
+    def _above_least(self, logits: Tensor) -> tuple[list[float], list[int]]:
+        """Probabilities of the tokens above LEAST_LIKELY, and the tokens; likeliest first."""
+        probs = torch.softmax(logits.float() / self.temperature, dim=-1).numpy()
+        ids = np.flatnonzero(probs >= LEAST_LIKELY)  # topk takes three times as long
+        likely = probs[ids]
+        order = np.argsort(-likely, kind="stable")
+        return likely[order].tolist(), ids[order].tolist()
 
 
 GREEDY = Sampling()
@@ -154,7 +159,7 @@ class Few:
 
     def draw(self, generator: torch.Generator | None) -> int:
         reached = list(accumulate(self.probs))
-        at = float(torch.rand((), generator=generator, dtype=torch.float64)) * reached[-1]
+        at = torch.rand((), generator=generator, dtype=torch.float64).item() * reached[-1]
         last = bisect_left(reached, reached[-1])  # that has a probability: rounding may put `at` at the end
         return self.ids[bisect_right(reached, at, hi=last)]
 

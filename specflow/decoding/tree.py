@@ -101,28 +101,28 @@ class _Dynamic:
     def expand(self, session: Eagle3Session, hidden: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, parents and scores [candidates] of all levels; a score is the log probability of a node's path."""
         k = self.tree.top_k
-        tokens: list[Tensor] = []  # of every candidate so far, level by level
-        parents: list[Tensor] = []
+        choices: list[Tensor] = []  # draft ids of every candidate so far, [rows, k] of each level
         scores: list[Tensor] = []
+        rows = [torch.full((1,), -1, device=hidden.device)]  # candidate that each row of a level is
         reached = hidden.new_zeros(1, dtype=torch.float32)  # log probability of the path to each row of the level
-        rows = torch.full((1,), -1, device=hidden.device)  # candidate that each row of the level is
-        mask: Tensor | None = None
+        mask = hidden.new_zeros(1, session.verified)  # what each row of the level sees
         num_candidates = 0
         for level in range(1, self.tree.depth + 1):
-            logits = session.logits(hidden).float()
-            best = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1).topk(k)
+            best = (session.logits(hidden).float() / temperature).log_softmax(-1).topk(k)
+            choices.append(best.indices)
             scores.append((reached[:, None] + best.values.clamp_(max=0.0)).flatten())  # no child above its parent
-            tokens.append(session.target_ids[best.indices].flatten())
-            parents.append(rows[:, None].expand(-1, k).reshape(-1))
             if level == self.tree.depth:
                 break
-            chosen = _likeliest(scores[-1], k)
+            ordered = scores[-1].sort(descending=True, stable=True)  # the first among equals
+            reached, chosen = ordered.values[:k], ordered.indices[:k]
             source = chosen // k
-            reached, rows = scores[-1][chosen], chosen + num_candidates
+            rows.append(chosen + num_candidates)
             num_candidates += len(scores[-1])
-            mask = self._itself if mask is None else torch.cat((mask[source], self._itself), dim=1)
-            hidden = _step(session, tokens[-1][chosen], hidden[source], level, mask if k > 1 else None)
-        return torch.cat(tokens), torch.cat(parents), torch.cat(scores)
+            mask = torch.cat((mask[source], self._itself), dim=1)
+            tokens = session.target_ids[choices[-1].flatten()[chosen]]
+            hidden = session.step(tokens, hidden[source], session.verified + level - 1, mask if k > 1 else None)
+        tokens = session.target_ids[torch.cat(choices).flatten()]
+        return tokens, torch.cat(rows).repeat_interleave(k), torch.cat(scores)
 
     def _best(self, tokens: Tensor, parents: Tensor, scores: Tensor) -> Proposal:
         """The likeliest candidates, in their order. A parent is never less likely than its child and comes first among
@@ -150,7 +150,7 @@ class _Level:
     row_source: Tensor
     """[b] source of those."""
     mask: Tensor | None
-    """[b, rows so far + b] additive; None: every row sees every row so far."""
+    """[b, rows so far + b] additive, verified rows left out; None: every row sees every row so far."""
 
 
 class _Static:
@@ -184,13 +184,10 @@ class _Static:
             best = session.logits(hidden).topk(level.width).indices
             tokens.append(session.target_ids[best[level.source, level.rank]])
             if depth < len(self.levels):
-                hidden = _step(session, tokens[-1][level.rows], hidden[level.row_source], depth, level.mask)
+                mask = None if level.mask is None else F.pad(level.mask, (session.verified, 0))
+                position = session.verified + depth - 1
+                hidden = session.step(tokens[-1][level.rows], hidden[level.row_source], position, mask)
         return Proposal(torch.cat(tokens).tolist(), self.parents)
-
-
-def _likeliest(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` highest scores, the first among equals."""
-    return scores.sort(descending=True, stable=True).indices[:count]
 
 
 def _numbers(values: Iterable[int], session: Eagle3Session) -> Tensor:
@@ -199,10 +196,3 @@ def _numbers(values: Iterable[int], session: Eagle3Session) -> Tensor:
 
 def _mask_of(sees: Tensor, session: Eagle3Session) -> Tensor:
     return torch.zeros(sees.shape, dtype=session.dtype).masked_fill_(~sees, float("-inf")).to(session.device)
-
-
-def _step(session: Eagle3Session, token_ids: Tensor, hidden: Tensor, depth: int, mask: Tensor | None) -> Tensor:
-    """Feed the rows of a level, which see all verified rows and those of the proposal that `mask` shows."""
-    if mask is not None:
-        mask = F.pad(mask, (session.verified, 0))
-    return session.step(token_ids, hidden, session.verified + depth - 1, mask)

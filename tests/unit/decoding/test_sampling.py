@@ -5,7 +5,7 @@ import torch
 from scipy.stats import chisquare
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from specflow.decoding.sampling import GREEDY, NUM_DRAFTED, NUM_LIKELY, Dense, Few, Sampling, draw
+from specflow.decoding.sampling import GREEDY, Dense, Few, Sampling, draw
 
 
 def warped(logits: torch.Tensor, temperature: float, top_p: float, top_k: int) -> torch.Tensor:
@@ -89,12 +89,12 @@ def row(kind: str, vocab_size: int) -> torch.Tensor:
     }[kind]
 
 
-@pytest.mark.parametrize("vocab_size", [2, 7, 127, 128, 129, 3000])
+@pytest.mark.parametrize("vocab_size", [2, 7, 129, 3000, 4096, 4097])
 @pytest.mark.parametrize("kind", ["peaked", "flat", "equal", "one hot", "ties", "two levels"])
 def test_a_few_tokens_tell_what_the_whole_row_does(kind: str, vocab_size: int) -> None:
     """`distribution` on a CPU, `probabilities` and the definition agree, whatever is cut and wherever equals lie."""
     logits = row(kind, vocab_size)
-    for top_p in (1e-6, 0.3, 0.61, 0.9, 0.9995, 0.99999, 1.0):
+    for top_p in (1e-6, 0.3, 0.61, 0.9, 0.9995, 0.9999, 1.0):
         for top_k in (0, 1, 2, 5, 50, vocab_size - 1, vocab_size, vocab_size + 1):
             sampling = Sampling(0.8, top_p, top_k)
             expected, found = defined(logits, sampling), sampling.distribution(logits)
@@ -108,8 +108,9 @@ def test_a_few_tokens_tell_what_the_whole_row_does(kind: str, vocab_size: int) -
 
 def test_a_peaked_distribution_is_few_numbers_and_a_flat_one_a_whole_row() -> None:
     assert isinstance(Sampling(0.8, 0.9).distribution(row("peaked", 3000)), Few)
-    assert isinstance(Sampling(0.8, 0.9).distribution(row("flat", 3000)), Dense), f"more than {NUM_LIKELY} are kept"
-    assert isinstance(Sampling(0.8, 1.0, 2).distribution(row("equal", 3000)), Dense), "all are as likely as the second"
+    assert isinstance(Sampling(0.8, 0.9).distribution(row("flat", 5000)), Dense), "all are unlikely"
+    likely = Sampling(0.8, 1.0, 2).distribution(row("two levels", 3000))
+    assert isinstance(likely, Few) and len(likely.ids) == 1000, "all are as likely as the second"
     assert isinstance(Sampling(0.8).distribution(row("peaked", 3000)), Dense)
 
 
@@ -133,10 +134,19 @@ def test_draws_follow_the_distribution(sampling: Sampling) -> None:
     torch.testing.assert_close(torch.zeros(16).index_copy_(0, ids, probs)[target_ids].double(), expected)
 
 
-def test_a_draft_tells_what_it_was_drawn_from_where_top_p_is_cut_short() -> None:
-    _, drawn_from = Sampling(1.0, 0.9).draft(torch.zeros(500), torch.arange(500), torch.Generator())
+def test_a_flat_draft_is_drawn_from_the_whole_row() -> None:
+    token, drawn_from = Sampling(1.0, 0.9).draft(torch.zeros(5000), torch.arange(5000, 10000), torch.Generator())
     ids, probs = drawn_from.pairs()
-    assert len(ids) == NUM_DRAFTED and float(probs.sum()) == pytest.approx(1.0)
+    assert isinstance(drawn_from, Dense) and ids[0] == 5000 and len(ids) == 5000
+    assert drawn_from.of(int(token)) == pytest.approx(1 / 5000) and float(probs.sum()) == pytest.approx(1.0)
+
+
+def test_a_draft_tells_what_it_was_drawn_from_where_top_p_is_cut_short() -> None:
+    """Two tokens have 0.3 each, five thousand the rest: below LEAST_LIKELY, and needed to reach 0.9."""
+    logits = torch.cat((torch.full((2,), 0.3), torch.full((5000,), 0.4 / 5000))).log()
+    _, drawn_from = Sampling(1.0, 0.9).draft(logits, torch.arange(1, 5003), torch.Generator())
+    assert drawn_from == Few([0.5, 0.5], [1, 2])
+    assert isinstance(Sampling(1.0, 0.9).distribution(logits), Dense)
 
 
 @pytest.mark.parametrize("own", ["few", "whole row"])
