@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +26,7 @@ from prefect.states import Completed, Failed
 from flows import artifacts, runner, slots
 from flows.cancelling import ending_tasks, stop_of
 from flows.graph import experiment_metrics, stage_graph
-from flows.plan import Job, dvc_command, make_jobs, select, stage_environment
+from flows.plan import Job, make_jobs, select, stage_environment
 from specflow.errors import UserError
 from specflow.files import write_text
 
@@ -150,7 +151,7 @@ def run_point(point: Point) -> Any:
     logger, stop = get_run_logger(), stop_of(point.flow_run_id)
     changes = [word for key, value in point.overrides.items() for word in _set_param(key, value)]
     single = ["-s"] if point.single else []
-    command = dvc_command("exp", "run", "--temp", "--name", point.name, *single, *changes, point.address)
+    command = [sys.executable, "-m", "flows.experiment", "--name", point.name, *single, *changes, point.address]
     try:
         with ExitStack() as stack:
             if point.slots:

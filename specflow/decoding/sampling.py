@@ -15,6 +15,8 @@ from torch import Tensor
 
 LEAST_LIKELY = 2.0**-12
 """Tokens as likely as this are looked at for top-p; where they do not reach it, all are."""
+LEAST_DRAFTED = 2.0**-8
+"""The same for a draft."""
 
 
 @dataclass(frozen=True)
@@ -55,38 +57,41 @@ class Sampling:
         """Draw a draft token [1] by logits [D] of the tokens `target_ids` [D], and tell what it was drawn from. On a
         GPU the host does not wait.
 
-        On a CPU top_p may look at the tokens above LEAST_LIKELY alone: a draft may be drawn from anything.
+        On a CPU from fewer tokens, as a draft may be drawn from anything: those above LEAST_DRAFTED, if any, and not
+        more than top_k where several are as likely as the last.
         """
-        if few := self._few(logits, cut_short=True):
+        if few := self._few(logits, drafting=True):
             few = Few(few.probs, target_ids[few.ids].tolist())
             return torch.tensor([few.draw(generator)]), few
         probs = self.probabilities(logits)
         return target_ids[draw(probs[None], generator)], Dense(probs, target_ids)
 
-    def _few(self, logits: Tensor, cut_short: bool = False) -> Few | None:
+    def _few(self, logits: Tensor, drafting: bool = False) -> Few | None:
         """What is kept of logits [V], likeliest first, found among few tokens: between two forwards the processor's
         caches hold none of this, so that every operation over a whole row costs as much as the one that picks them.
-        None on a GPU, where nothing is cut, and where those few do not reach top_p; `cut_short` takes them then.
+        None on a GPU, where nothing is cut, and where those few do not reach top_p; a draft takes them then.
         """
         by_count = 0 < self.top_k < len(logits)
         if not on_cpu(logits) or not (by_count or self.top_p < 1.0):
             return None
-        values, tokens = self._of_top_k(logits) if by_count else self._above_least(logits)
+        values, tokens = self._of_top_k(logits, drafting) if by_count else self._likely_enough(logits, drafting)
         if self.top_p < 1.0:
             reached = list(accumulate(values))
             count = bisect_left(reached, self.top_p) + 1
-            if count > len(values) and not (by_count or (cut_short and values)):
+            if count > len(values) and not (by_count or (drafting and values)):
                 return None
             while count < len(values) and values[count] == values[count - 1]:
                 count += 1
             values = [value / reached[:count][-1] for value in values[:count]]
         return Few(values, tokens[: len(values)])
 
-    def _of_top_k(self, logits: Tensor) -> tuple[list[float], list[int]]:
-        """Probabilities among the top_k tokens and those as likely as the last, and the tokens; likeliest first."""
+    def _of_top_k(self, logits: Tensor, exactly: bool) -> tuple[list[float], list[int]]:
+        """Probabilities among the top_k tokens and, not `exactly`, those as likely as the last, and the tokens;
+        likeliest first.
+        """
         likely, ids = logits.topk(self.top_k + 1)
         scores = likely.float() / self.temperature
-        if scores[-1] < scores[-2]:
+        if exactly or scores[-1] < scores[-2]:
             scores, ids = scores[:-1], ids[:-1]
         else:  # further ones may be as likely
             row = logits.float() / self.temperature
@@ -95,10 +100,10 @@ class Sampling:
             ids = ids[order]
         return torch.softmax(scores, dim=-1).tolist(), ids.tolist()
 
-    def _above_least(self, logits: Tensor) -> tuple[list[float], list[int]]:
-        """Probabilities of the tokens above LEAST_LIKELY, and the tokens; likeliest first."""
+    def _likely_enough(self, logits: Tensor, drafting: bool) -> tuple[list[float], list[int]]:
+        """Probabilities of the tokens above LEAST_LIKELY or LEAST_DRAFTED, and the tokens; likeliest first."""
         probs = torch.softmax(logits.float() / self.temperature, dim=-1).numpy()
-        ids = np.flatnonzero(probs >= LEAST_LIKELY)  # topk takes three times as long
+        ids = np.flatnonzero(probs >= (LEAST_DRAFTED if drafting else LEAST_LIKELY))  # topk takes three times as long
         likely = probs[ids]
         order = np.argsort(-likely, kind="stable")
         return likely[order].tolist(), ids[order].tolist()

@@ -338,6 +338,13 @@ stages:
         ["git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "-m", "x"],
     ):
         subprocess.run(command, cwd=toy, check=True)
+    stranger = (  # what a killed `dvc exp run --temp` leaves behind; the next one would run it as its own
+        "from dvc.repo import Repo\n"
+        "experiments = Repo().experiments\n"
+        "params = {'params.yaml': ['++families.tiny.bench.num_speculative_tokens=3']}\n"
+        "experiments.queue_one(experiments.tempdir_queue, params=params, targets=['bench'], name='stranger')\n"
+    )
+    subprocess.run([sys.executable, "-c", stranger], cwd=toy, check=True)
     grid = {"bench.num_speculative_tokens": [2, 3]}
     run, bad = server.flows(
         toy,
@@ -351,8 +358,11 @@ stages:
     assert lines[1] == "k-1,2,done,20" and lines[2].startswith("k-2,3,") and "three is too many" in lines[2]
     assert [row["bench.tok_s"] for row in json.loads(server.artifacts(run.id)["sweep-k"])] == ["20", ""]
     assert bad.type == "FAILED" and "repeats" in bad.message and bad.stages == {}
-    status = subprocess.run(["git", "status", "--porcelain"], cwd=toy, check=True, capture_output=True, text=True)
-    assert status.stdout == ""
+    said = [
+        subprocess.run(["git", *words], cwd=toy, check=True, capture_output=True, text=True).stdout
+        for words in (["status", "--porcelain"], ["reflog", "refs/exps/stash"], ["for-each-ref", "refs/exps/temp"])
+    ]
+    assert said[0] == "" and said[1].count("\n") == 1 and "stranger" in said[1] and said[2] == ""
 
 
 def test_documented_path_with_a_worker(server: Server, tmp_path: Path) -> None:

@@ -142,11 +142,20 @@ def test_a_flat_draft_is_drawn_from_the_whole_row() -> None:
 
 
 def test_a_draft_tells_what_it_was_drawn_from_where_top_p_is_cut_short() -> None:
-    """Two tokens have 0.3 each, five thousand the rest: below LEAST_LIKELY, and needed to reach 0.9."""
-    logits = torch.cat((torch.full((2,), 0.3), torch.full((5000,), 0.4 / 5000))).log()
-    _, drawn_from = Sampling(1.0, 0.9).draft(logits, torch.arange(1, 5003), torch.Generator())
-    assert drawn_from == Few([0.5, 0.5], [1, 2])
-    assert isinstance(Sampling(1.0, 0.9).distribution(logits), Dense)
+    """Two tokens have 0.3 each, many the rest: too unlikely to be looked at, and needed to reach 0.9."""
+    for num_others, kind in ((5000, Dense), (500, Few)):  # below LEAST_LIKELY, and between it and LEAST_DRAFTED
+        logits = torch.cat((torch.full((2,), 0.3), torch.full((num_others,), 0.4 / num_others))).log()
+        _, drawn_from = Sampling(1.0, 0.9).draft(logits, torch.arange(1, num_others + 3), torch.Generator())
+        assert drawn_from == Few([0.5, 0.5], [1, 2])
+        assert isinstance(Sampling(1.0, 0.9).distribution(logits), kind)
+
+
+def test_a_draft_takes_no_more_than_top_k_of_equals() -> None:
+    logits = torch.tensor([0.0, 2.0, 1.0, 1.0, 1.0])
+    _, drawn_from = Sampling(1.0, 1.0, 2).draft(logits, torch.arange(5), torch.Generator())
+    ids, probs = drawn_from.pairs()
+    assert len(ids) == 2 and ids[0] == 1 and probs.tolist() == pytest.approx([0.7311, 0.2689], abs=1e-4)
+    assert len(Sampling(1.0, 1.0, 2).distribution(logits).pairs()[0]) == 4
 
 
 @pytest.mark.parametrize("own", ["few", "whole row"])
