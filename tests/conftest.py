@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,11 @@ from specflow.paths import Paths
 from specflow.tracking.store import STORE, open_store
 from tests import fake_nvml
 from tests.toys import tiny_params
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach what the tests start, also where a script started them in the background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
