@@ -99,7 +99,7 @@ class Trainer:
             _interruptible() as stop,
             tqdm(total=total, initial=done, desc=self.stage, unit="tok", unit_scale=True) as bar,
         ):
-            for group in self._prefetched(progress.step):
+            for group in self._batches(progress.step):
                 began = time.perf_counter()
                 values = self.step(group, progress.step)
                 progress.seconds += time.perf_counter() - began
@@ -222,15 +222,21 @@ class Trainer:
         packed = replace(batch.rows, aux=batch.rows.aux.float() / self.feature_scale.to(batch.rows.aux.device))
         return replace(batch, rows=packed, teacher_states=batch.teacher_states.float())
 
-    def _prefetched(self, first: int) -> Iterator[list[Batch]]:
-        """Batches of the steps from `first` on, the next one loading while the present one trains."""
+    def _batches(self, first: int) -> Iterator[list[Batch]]:
+        """Batches of the steps from `first` on. On a GPU the next one loads while the present one trains; on a CPU a
+        loading thread takes more from the products' threads than the hundredth of a step that loading takes.
+        """
 
         def load(step: int) -> list[Batch]:
             return [self._load([self.train_rows[i] for i in members]) for members in self.plan[step]]
 
+        steps = range(first, len(self.plan))
+        if self.device.type == "cpu":
+            yield from map(load, steps)
+            return
         with ThreadPoolExecutor(1) as loader:
-            pending = loader.submit(load, first) if first < len(self.plan) else None
-            for step in range(first, len(self.plan)):
+            pending = loader.submit(load, first) if steps else None
+            for step in steps:
                 assert pending is not None
                 group = pending.result()
                 pending = loader.submit(load, step + 1) if step + 1 < len(self.plan) else None
