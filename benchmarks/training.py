@@ -26,7 +26,7 @@ from specflow.stage import family_paths
 from specflow.training.checkpoint import Checkpoints
 from specflow.training.features import StoredFeatures
 from specflow.training.loop import Trainer
-from specflow.training.packing import Batch, Document, pack, plan_batches
+from specflow.training.packing import ROUND_ROWS, Batch, Document, pack, plan_batches
 
 PEERS_TOK_S = {3: ("speculators, trained head", 636.0), 7: ("plain prototype", 308.0)}
 PEERS_PEAK_GFLOPS = 184.0
@@ -193,10 +193,11 @@ def once(trainer: Trainer, features: StoredFeatures, groups: list[list[Row]], tt
         if number % 8 == 0:
             onednn.append(gemm_peaks()[1])
         started = time.perf_counter()
-        batch = pack([as_float(d) for d in features.documents(group)], ttt_steps)
-        trainer.step([batch], 0)
+        documents = [as_float(d) for d in features.documents(group)]
+        trainer.step([pack(documents, ttt_steps, ROUND_ROWS)], 0)
         seconds += time.perf_counter() - started
-        flops, tokens = flops + useful_flops(batch), tokens + len(batch.rows.positions)
+        plain = pack(documents, ttt_steps)  # filler is not useful
+        flops, tokens = flops + useful_flops(plain), tokens + plain.num_tokens
     share = flops / seconds / 1e9 / statistics.median(onednn)
     print(f"  {len(groups)} batches, each once, loading included: {tokens / seconds:.0f} tok/s, {share:.1%}")
 

@@ -28,7 +28,7 @@ from specflow.training.checkpoint import Checkpoints, Progress
 from specflow.training.evaluate import Expectation, count_survivors, expectation, target_choices
 from specflow.training.features import Features, Row, check_rows
 from specflow.training.losses import StepSums, Teacher, ttt_loss
-from specflow.training.packing import Batch, count_supervised, pack, plan_batches
+from specflow.training.packing import ROUND_ROWS, Batch, count_supervised, pack, plan_batches
 from specflow.training.warmstart import feature_scale, fit_linear
 
 SCALE_TOKENS = 16384
@@ -106,7 +106,7 @@ class Trainer:
                 progress.step += 1
                 progress.curves["training"].append({"step": progress.step, **values})
                 self.log({f"train/{name}": value for name, value in values.items()}, progress.step)
-                bar.update(sum(len(batch.rows.positions) for batch in group))
+                bar.update(sum(batch.num_tokens for batch in group))
                 bar.set_postfix(loss=f"{values['loss']:.3f}", al=f"{progress.best_acceptance_length:.2f}")
                 if progress.step in evals:
                     self._note_eval(progress)
@@ -128,7 +128,7 @@ class Trainer:
             if seen >= num_tokens:
                 return
             batch = self._load([self.train_rows[i] for i in members])
-            seen += len(batch.rows.positions)
+            seen += batch.num_tokens
             yield batch.to(self.device)
 
     def step(self, group: list[Batch], step: int) -> dict[str, float]:
@@ -218,7 +218,7 @@ class Trainer:
             }
 
     def _load(self, rows: list[Row]) -> Batch:
-        batch = pack(self.features.documents(rows), self.config.ttt_steps)
+        batch = pack(self.features.documents(rows), self.config.ttt_steps, ROUND_ROWS)
         packed = replace(batch.rows, aux=batch.rows.aux.float() / self.feature_scale.to(batch.rows.aux.device))
         return replace(batch, rows=packed, teacher_states=batch.teacher_states.float())
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from specflow.kernels import matmul
+from specflow.training.packing import ROUND_ROWS
 
 CHUNK_LOGITS = {"cpu": 960 * 8192, "cuda": 32 << 20}
 """Draft logits (fp32) of all steps that exist at a time. On a CPU below the 32 MB that `keep_freed_memory` can keep."""
@@ -102,19 +103,19 @@ class _FusedLoss(torch.autograd.Function):
             stop = min(start + stride, num_positions)
             spans = [slice(*bound[chunk : chunk + 2]) for bound in bounds]
             sizes = [span.stop - span.start for span in spans]
-            if not sum(sizes):
+            if not (num_rows := sum(sizes)):
                 continue
-            states = torch.cat([h[span] for h, span in zip(hidden, spans, strict=True)])
+            states = _filled([h[span] for h, span in zip(hidden, spans, strict=True)])
             positions = torch.cat([rows[span] for rows, span in zip(teacher_rows, spans, strict=True)])
             logits = matmul(states, compute_head.t()).float()
             labels = None if teacher.labels is None else teacher.labels[positions]
             probs = _teacher_probs(teacher, start, stop, loss)
-            row_loss, match = _rows_loss(logits, probs, positions - start, labels, eta)
+            row_loss, match = _rows_loss(logits[:num_rows], probs, positions - start, labels, eta)
             grad = logits.to(states.dtype)  # by now the unweighted gradient: the weights go to the narrow operands
-            grad_states = torch.split(matmul(grad, compute_head), sizes)
+            grad_states = torch.split(matmul(grad, compute_head)[:num_rows], sizes)
             for into, span, part, weight in zip(grad_hidden, spans, grad_states, weights, strict=True):
                 torch.mul(part, weight, out=into[span])
-            for part, weight in zip(torch.split(states, sizes), weights, strict=True):
+            for part, weight in zip(torch.split(states[:num_rows], sizes), weights, strict=True):
                 part *= weight
             part = matmul(states.t(), grad)  # its left operand is copied
             grad_head = part.to(head.dtype) if grad_head is None else grad_head.add_(part)
@@ -132,11 +133,16 @@ class _FusedLoss(torch.autograd.Function):
         return grad_head * grad, None, None, None, None, *(g * grad.to(g.dtype) for g in grad_hidden)
 
 
+def _filled(parts: list[Tensor]) -> Tensor:
+    """Rows of `parts` [n, H] in one, and rows of zeros up to a multiple of ROUND_ROWS: they weigh nothing."""
+    return torch.cat([*parts, parts[0].new_zeros(-sum(map(len, parts)) % ROUND_ROWS, parts[0].shape[1])])
+
+
 def _teacher_probs(teacher: Teacher, start: int, stop: int, loss: str) -> tuple[Tensor, Tensor | None]:
-    """Target probabilities [c, D] of a chunk: renormalised over the draft vocabulary, and for lk_hybrid as shares of
-    the full one.
+    """Target probabilities [c, D] of a chunk and of filler behind it: renormalised over the draft vocabulary, and for
+    lk_hybrid as shares of the full one.
     """
-    states = teacher.states[start:stop]
+    states = _filled([teacher.states[start:stop]])
     logits = matmul(states, teacher.head.t()).float()
     if loss == "kl":
         return logits.softmax(-1), None

@@ -1,7 +1,8 @@
 """Packing: whole documents end to end into micro-batches, and the row bookkeeping of training-time test.
 
-No padding and no split documents. Only rows where a chain of supervised tokens starts are queries; the other rows
-of a document (prompts, later user turns) cost a feature and a key, never an MLP, a head or a loss.
+No split documents, and no padding but a few rows of filler behind the last one. Only rows where a chain of supervised
+tokens starts are queries; the other rows of a document (prompts, later user turns) cost a feature and a key, never an
+MLP, a head or a loss.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from specflow.drafters.attention import Prefix, Segment
 from specflow.drafters.eagle3 import PackedRows
+
+ROUND_ROWS = 32
+"""Training packs to multiples of as many rows: a product of a new shape costs oneDNN a millisecond, which is more."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Document:
 class Batch:
     ids: list[str]
     """Ids of the documents, for messages."""
+    num_tokens: int
+    """Of the documents; `rows` may hold filler behind them."""
     rows: PackedRows
     supervised: list[Tensor]
     """[S] of [R_k] int64: query numbers supervised at step k, ascending."""
@@ -50,6 +56,7 @@ class Batch:
         rows = PackedRows(move(r.tokens), move(r.aux), move(r.positions), move(r.queries), r.prefix)
         return Batch(
             self.ids,
+            self.num_tokens,
             rows,
             [move(x) for x in self.supervised],
             [move(x) for x in self.teacher_rows],
@@ -90,8 +97,12 @@ def count_supervised(length: int, spans: list[tuple[int, int]], ttt_steps: int) 
     return [sum(max(0, min(end, length) - max(start, 2) - k) for start, end in spans) for k in range(ttt_steps)]
 
 
-def pack(documents: list[Document], ttt_steps: int) -> Batch:
-    """Lay documents end to end. aux and states keep their dtype; all index tensors are int64 on CPU."""
+def pack(documents: list[Document], ttt_steps: int, round_to: int = 1) -> Batch:
+    """Lay documents end to end. aux and states keep their dtype; all index tensors are int64 on CPU.
+
+    Rows and queries are filled up to multiples of `round_to` by a document of zeros, all at position 0, that nothing
+    supervises.
+    """
     offset, query_count, teacher_count = 0, 0, 0
     tokens, positions, queries, segments, states, labels = [], [], [], [], [], []
     supervised: list[list[Tensor]] = [[] for _ in range(ttt_steps)]
@@ -119,15 +130,24 @@ def pack(documents: list[Document], ttt_steps: int) -> Batch:
                 teacher_rows[k].append(predicted - max(start, 1) + teacher_count)
             teacher_count += end - max(start, 1)
         offset += length
+    num_idle = -query_count % round_to
+    num_filler = num_idle + -(offset + num_idle) % round_to
+    if num_idle:
+        segments.append(Segment(query_count, query_count + num_idle, offset, offset))
+        queries.append(torch.arange(offset, offset + num_idle))
+    tokens.append(torch.zeros(ttt_steps, num_filler, dtype=torch.int64))
+    positions.append(torch.zeros(num_filler, dtype=torch.int64))
+    aux = [document.aux for document in documents]
     rows = PackedRows(
         tokens=torch.cat(tokens, dim=1),
-        aux=torch.cat([document.aux for document in documents]),
+        aux=torch.cat([*aux, aux[0].new_zeros(num_filler, aux[0].shape[1])]),
         positions=torch.cat(positions),
         queries=torch.cat(queries),
         prefix=Prefix(segments),
     )
     return Batch(
         [document.id for document in documents],
+        offset,
         rows,
         [torch.cat(x) for x in supervised],
         [torch.cat(x) for x in teacher_rows],

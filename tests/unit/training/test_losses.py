@@ -122,7 +122,7 @@ def test_rows_align_with_the_token_they_predict():
 
 
 def test_padding_changes_neither_loss_nor_gradient():
-    """Unsupervised tokens after a document's end are free: same loss, same counts."""
+    """Neither unsupervised tokens after a document's end nor filler behind the last: same loss, same counts."""
     from specflow.training.packing import Document
     from tests.unit.drafters.test_eagle3 import CONFIG, make_draft
 
@@ -137,8 +137,9 @@ def test_padding_changes_neither_loss_nor_gradient():
     longer = Document("x", padded(document.token_ids), padded(document.aux), padded(document.final), document.spans)
     head = torch.randn(CONFIG.draft_vocab_size, CONFIG.target_hidden_size, dtype=torch.float64)
     losses = []
-    for d in (document, longer):
-        batch = pack([d], 2)
+    filled = pack([document], 2, round_to=16)
+    assert (len(filled.rows.positions), len(filled.rows.queries), filled.num_tokens) == (32, 16, 9)
+    for batch in (pack([document], 2), pack([longer], 2), filled, pack([document], 2, round_to=7)):
         steps = draft.unroll(batch.rows, table)
         hidden = [draft.norm(h[rows]) for h, rows in zip(steps, batch.supervised, strict=True)]
         total, sums = ttt_loss(
@@ -149,6 +150,7 @@ def test_padding_changes_neither_loss_nor_gradient():
             [1 / len(hidden[0]), 0.8 / len(hidden[1])],
         )
         losses.append((total.item(), sums.count.tolist(), torch.autograd.grad(total, draft.fc.weight)[0]))
-    assert math.isclose(losses[0][0], losses[1][0], rel_tol=1e-7)
-    assert losses[0][1] == losses[1][1] == [6, 5]
-    assert torch.allclose(losses[0][2], losses[1][2], atol=1e-6)
+    for loss, counts, gradient in losses[1:]:
+        assert math.isclose(losses[0][0], loss, rel_tol=1e-7)
+        assert losses[0][1] == counts == [6, 5]
+        assert torch.allclose(losses[0][2], gradient, atol=1e-6)
