@@ -367,12 +367,18 @@ def load_prompts(params: Params, paths: Paths, facts: TargetFacts, count: int) -
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def project_parser(doc: str, num_prompts: int, max_new_tokens: int) -> argparse.ArgumentParser:
+    """Options of a benchmark of a project that has been run."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("project", nargs="?", type=Path, default=Path(), help="folder with params.yaml and artifacts/")
     parser.add_argument("--family", default="smollm2")
-    parser.add_argument("--num-prompts", type=int, default=12)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--num-prompts", type=int, default=num_prompts)
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
+    return parser
+
+
+def main() -> None:
+    parser = project_parser(__doc__, num_prompts=12, max_new_tokens=64)
     parser.add_argument("--k", type=int, default=3, help="tokens drafted at a step")
     parser.add_argument("--layers", type=int, default=24, help="of the target, in the independent draft model")
     parser.add_argument("--rounds", type=int, default=3)

@@ -9,7 +9,6 @@ disturbed.
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 from collections import defaultdict
@@ -17,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from decoding import load_prompts
+from decoding import load_prompts, project_parser
 
 from specflow.bench.identity import cpu_model, git_commit
 from specflow.config import load_params
@@ -64,11 +63,7 @@ def share(done: list[Generation]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("project", nargs="?", type=Path, default=Path(), help="folder with params.yaml and artifacts/")
-    parser.add_argument("--family", default="smollm2")
-    parser.add_argument("--num-prompts", type=int, default=4)
-    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser = project_parser(__doc__, num_prompts=4, max_new_tokens=48)
     parser.add_argument("--k", type=int, default=3, help="tokens that the chain drafts at a step")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()

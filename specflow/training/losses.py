@@ -117,8 +117,8 @@ class _FusedLoss(torch.autograd.Function):
                 torch.mul(part, weight, out=into[span])
             for part, weight in zip(torch.split(states[:num_rows], sizes), weights, strict=True):
                 part *= weight
-            part = matmul(states.t(), grad)  # its left operand is copied
-            grad_head = part.to(head.dtype) if grad_head is None else grad_head.add_(part)
+            product = matmul(states.t(), grad)  # its left operand, which is copied, is the narrow one
+            grad_head = product.to(head.dtype) if grad_head is None else grad_head.add_(product)
             for k, parts in enumerate(zip(torch.split(row_loss, sizes), torch.split(match, sizes), strict=True)):
                 sums[0, k] += parts[0].sum(dtype=torch.float64)
                 sums[1, k] += parts[1].sum()
