@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
+
+import yaml
+
+from specflow.tracking.store import open_store
+from tests import ROOT
+from tests.toys import make_project_inputs, tiny_params
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,34 @@ def fault(bad: BadInput, folder: Path) -> str:
     if missing:
         return f"{missing} not in {ending.line!r}"
     return f"left {ending.new_files}" if ending.new_files else ""
+
+
+def template_project(folder: Path) -> Path:
+    """A project whose inputs are all there and right, with an MLflow store, before its first stage."""
+    folder.mkdir(parents=True)
+    make_project_inputs(folder)
+    (folder / "params.yaml").write_text(yaml.safe_dump(tiny_params(folder)), encoding="utf-8")
+    shutil.copy(ROOT / "dvc.yaml", folder / "dvc.yaml")
+    open_store(folder)
+    return folder
+
+
+def copy_project(template: Path, folder: Path) -> Path:
+    """A copy to spoil, whose params.yaml names its own files and not the template's."""
+    shutil.copytree(template, folder)
+    params = folder / "params.yaml"
+    params.write_text(params.read_text(encoding="utf-8").replace(str(template), str(folder)), encoding="utf-8")
+    return folder
+
+
+def faults(cases: Iterable[BadInput], template: Path, scratch: Path) -> dict[tuple[str, str], str]:
+    """What is wrong with how each case ends, by (kind, name); "" where nothing is."""
+    found = {}
+    for number, bad in enumerate(cases):
+        folder = copy_project(template, scratch / str(number))
+        found[bad.kind, bad.name] = fault(bad, folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    return found
 
 
 def tally(faults: dict[tuple[str, str], str]) -> list[str]:
