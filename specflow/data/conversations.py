@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from specflow.config import DataSource
+from specflow.data.groups import conversation_id
 from specflow.data.records import Damage, read_records
 from specflow.errors import UserError
 from specflow.targets.template import Message
@@ -31,6 +32,8 @@ class Conversation:
     source: str
     category: str
     messages: list[Message]
+    group: str | None = None
+    """Id that its source gives the conversation which it is, or is a part of (groups.py)."""
 
     @property
     def user_turns(self) -> list[str]:
@@ -70,7 +73,7 @@ def read_conversations(source: DataSource, path: Path, report: SourceReport) -> 
         report.conversations += 1
         category = record.get("category")
         named = category if isinstance(category, str) and category.strip() else source.category
-        yield Conversation(report.source, named or "general", messages)
+        yield Conversation(report.source, named or "general", messages, conversation_id(record))
     if not report.conversations:
         why = {**report.dropped_records, **report.dropped_messages}
         raise UserError(

@@ -8,7 +8,6 @@ import pytest
 
 from specflow import config
 from specflow.data import prepare
-from specflow.data.prompt_sets import Question
 from specflow.errors import UserError
 from specflow.paths import Paths
 from specflow.targets import fetch
@@ -83,7 +82,7 @@ def test_counts_rows_and_report(tmp_path: Path, tiny: Path) -> None:
     assert report["distinct_conversations"] == 12
     assert report["train"]["conversations"] == metrics["train_conversations"] == 6
     row = rows["train"][0]
-    assert set(row) == {"id", "source", "category", "messages"}
+    assert set(row) == {"id", "source", "category", "group", "messages"}
     assert row["category"] == "general"
     assert [m["role"] for m in row["messages"]] == ["user", "assistant"] * (len(row["messages"]) // 2)
     ids = [row["id"] for split in rows.values() for row in split]
@@ -117,20 +116,77 @@ def test_eval_and_train_share_no_first_user_turn(tmp_path: Path, tiny: Path) -> 
     assert len(rows["eval"]) == 4
 
 
+def parts(conversations: int, each: int, *, key: str = "id", form: str = "{c}_{n}") -> list[dict[str, Any]]:
+    """ShareGPT as cut by length: record n of conversation c asks what only that conversation is about."""
+    records = []
+    for c in range(conversations):
+        for n in range(each):
+            turns = [{"from": "human", "value": f"subject{c} part{n}"}, {"from": "gpt", "value": "the cat"}]
+            records.append({key: form.format(c=f"x{c}y", n=2 * n), "conversations": turns})
+    return records
+
+
+def subjects(rows: list[Any]) -> set[str]:
+    return {row["messages"][0]["content"].split()[0] for row in rows}
+
+
 @pytest.mark.parametrize(
-    ("turns", "overlaps"),
-    [
-        (("short ONE",), True),  # equal but for case and punctuation
-        (("short one more",), False),
-        (("fine", "Short one?"), True),
-        (("well: " + " ".join(BENCHMARK.split()[3:16]).upper(),), True),  # 13 words of it
-        (("well: " + " ".join(BENCHMARK.split()[3:15]),), False),  # 12
-    ],
+    ("key", "form"), [("id", "{c}_{n}"), ("id", "{c}"), ("id", "{c}-part{n}"), ("conversation_id", "{c}")]
 )
-def test_overlap_with_a_benchmark(turns: tuple[str, ...], overlaps: bool) -> None:
-    benchmarks = prepare.Benchmarks({"mine": [Question("own", "x", ["Short one?", BENCHMARK])]})
-    conversation = prepare.Conversation("s", "c", ask(*turns)["messages"])
-    assert benchmarks.overlap(conversation) == ("mine" if overlaps else None)
+def test_parts_of_one_conversation_stay_on_one_side(tmp_path: Path, tiny: Path, key: str, form: str) -> None:
+    records = parts(12, 5, key=key, form=form)
+    metrics, rows, report = prepared(tmp_path, tiny, records, train_conversations=30, eval_conversations=7)
+    assert not subjects(rows["train"]) & subjects(rows["eval"])
+    assert metrics["conversation_groups"] == report["conversation_groups"] == 12
+    assert report["eval"]["groups"] == len(subjects(rows["eval"])) == 2  # 7 of 10 records: whole conversations
+    assert metrics["eval_relatives"] == report["dropped_conversations"]["belongs to a conversation of eval"] == 3
+
+
+def test_a_copy_under_another_id_brings_its_parts_along(tmp_path: Path, tiny: Path) -> None:
+    records = parts(12, 3)
+    for record in parts(12, 3):
+        stem, _, number = str(record["id"]).partition("_")
+        subject = int(stem[1:-1])
+        if number != "0":  # the copy begins alike and is cut elsewhere
+            record["conversations"] = [{"from": "human", "value": f"subject{subject} more{number}"}]
+        records.append({**record, "id": f"copy{stem}_{number}"})
+    metrics, rows, _ = prepared(tmp_path, tiny, records, train_conversations=20, eval_conversations=4)
+    assert metrics["duplicates"] == 12
+    assert not subjects(rows["train"]) & subjects(rows["eval"])
+
+
+@pytest.mark.parametrize("form", ["sample_{n}", "constant"])
+def test_a_running_number_is_no_conversation(tmp_path: Path, tiny: Path, form: str) -> None:
+    records = [{**ask(f"question {n}"), "id": form.format(n=n)} for n in range(12)]
+    metrics, _, _ = prepared(tmp_path, tiny, records)
+    assert metrics["conversation_groups"] == 12
+    assert metrics["eval_relatives"] == 0
+
+
+def test_train_repeats_no_turn_of_eval(tmp_path: Path, tiny: Path) -> None:
+    """Each turn and each run of 13 words stands in two conversations: one of a pair in eval, the other is dropped."""
+    records = []
+    for n in range(12):
+        words = " ".join(f"{word}{n}" for word in BENCHMARK.split()[:13])
+        records += [ask(f"first {n}", f"again {n}"), ask(f"second {n}", f"Again, {n}!")]
+        records += [ask(f"third {n} {words}"), ask(f"fourth {n}: {words.upper()} ?")]
+    metrics, rows, report = prepared(tmp_path, tiny, records, train_conversations=24, eval_conversations=12)
+    kinds = {"first": "a", "second": "a", "third": "b", "fourth": "b"}
+
+    def secrets(split: str) -> set[tuple[str, str]]:
+        said = [row["messages"][0]["content"].replace(":", "").split() for row in rows[split]]
+        return {(kinds[words[0]], words[1]) for words in said}
+
+    assert not secrets("train") & secrets("eval")
+    dropped = report["dropped_conversations"]["repeats a turn of eval"]
+    assert metrics["eval_overlaps"] == dropped >= 11  # of 12: the last may not have been looked at
+
+
+def test_wording_of_the_whole_data_set_is_no_overlap(tmp_path: Path, tiny: Path) -> None:
+    wording = " ".join(reversed(BENCHMARK.split()))
+    records = [ask(f"{wording} {n}", "go on") for n in range(12)]
+    metrics, _, _ = prepared(tmp_path, tiny, records, train_conversations=9, eval_conversations=3)
+    assert metrics["eval_overlaps"] == 0
 
 
 def test_overlapping_conversations_are_removed_and_counted(tmp_path: Path, tiny: Path) -> None:
