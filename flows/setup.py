@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-import urllib.error
-import urllib.request
 from contextlib import suppress
 
+import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate
 from prefect.exceptions import ObjectAlreadyExists
@@ -14,6 +13,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.plan import num_devices
 from flows.slots import LIMIT, release_dead
+from specflow import http
 
 POOL = "specflow"
 DEFAULT_API = "http://127.0.0.1:4200/api"
@@ -40,9 +40,8 @@ def ensure_server_objects() -> str:
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=ANSWER_S) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, OSError, ValueError):
+        return http.get(f"{url.rstrip('/')}/health", timeout=ANSWER_S).status_code == 200
+    except (httpx.HTTPError, httpx.InvalidURL, OSError):
         return False
 
 

@@ -66,7 +66,7 @@ def make_summary(records: list[Record], *, draft: str = "draft", **changes: Any)
             "draft_digest": sha256_bytes(draft.encode()),
         },
         "num_speculative_tokens": 1,
-        **summary_of(records, num_speculative_tokens=1, greedy=True, seed=0),
+        **summary_of(records, num_speculative_tokens=1, greedy=True),
     }
     for key, value in changes.items():
         summary["settings" if key in summary["settings"] else "identity"][key] = value

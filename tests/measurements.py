@@ -109,7 +109,7 @@ def make_summary(records: list[Record], *, family: str = "tiny") -> dict[str, An
             "draft_digest": "2d35f3d1" * 8,
             "git_commit": "2d35f3d" * 5,
         },
-        **summary_of(records, num_speculative_tokens=K, greedy=True, seed=0),
+        **summary_of(records, num_speculative_tokens=K, greedy=True),
         "num_speculative_tokens": K,
         "tree": None,
         "sweep": [

@@ -49,7 +49,7 @@ _OPTIONS = [
     click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Of sampling; 1: off."),
     click.option("--top-k", type=click.IntRange(min=0), help="Of sampling; 0: off."),
     click.option("--num-samples", type=_COUNT, help="Answers to each question."),
-    click.option("--seed", type=click.IntRange(min=0), help="Of sampling and of the bootstrap."),
+    click.option("--seed", type=click.IntRange(min=0), help="Of sampling."),
     click.option("--max-new-tokens", type=_COUNT, help="Per turn, on both sides."),
     click.option("--max-turns", type=_COUNT, help="Turns of a question that are asked."),
     click.option("--repeats", type=click.IntRange(min=3), help="Passes over every prompt."),

@@ -314,7 +314,6 @@ class Work:
             bench.accuracy,
             text_of,
             execute_code=bench.execute_code,
-            seed=bench.seed,
         )
         tree = bench.tree.model_dump() if bench.tree is not None and self.job.has_draft else None
         conditions = {
@@ -330,7 +329,6 @@ class Work:
                 records,
                 num_speculative_tokens=self.num_speculative_tokens,
                 greedy=bench.greedy,
-                seed=bench.seed,
                 tree=tree,
                 conditions=conditions,
             ),

@@ -1,8 +1,8 @@
 """`specflow promote`: whether a family's new draft becomes its champion, decided by a paired comparison, and why.
 
 A draft's speedup is relative to the target alone in its own benchmark run, which takes the machine's state of that day
-out of it. Two drafts are compared by the ratio of their speedups over the same questions: a bootstrap that draws the
-same questions for both. The alias moves only where the whole interval of that ratio lies above 1.
+out of it. Two drafts are compared by the ratio of their speedups over the same questions (`statistics/intervals.py`).
+The alias moves only where the whole interval of that ratio lies above 1.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from specflow.bench.statistics.intervals import Sums, bootstrap, speed_sums, speedup_of
+from specflow.bench.statistics.intervals import Sums, ratio_interval, speed_sums, speedup_of
 from specflow.bench.statistics.records import BASELINE, DRAFT, Record, paired
 from specflow.compare.command import CONDITIONS
 from specflow.config import Params
@@ -22,9 +22,6 @@ from specflow.errors import UserError
 from specflow.files import read_json, read_jsonl, sha256_file
 from specflow.paths import Paths, project_home
 from specflow.tracking import results
-
-SEED = 0
-"""Of the bootstrap: the same two benchmarks always give the same decision."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +84,10 @@ def differences(new: Evidence, old: Evidence) -> list[str]:
 
 
 def paired_interval(new: Evidence, old: Evidence) -> tuple[float, float, float]:
-    """Speedup of the new draft over that of the old one, with the bootstrap interval over questions: value, low, high.
+    """Speedup of the new draft over that of the old one, with its interval over questions: value, low, high.
 
     Each speedup is a ratio of sums: tokens per second with the draft over those of the target alone, of its own run. A
-    question's turns and repeats stay together; each resample draws the same questions for both drafts.
+    question's turns and repeats stay together, of both drafts.
     """
     sums = [speed_sums(paired(evidence.of(BASELINE), evidence.of(DRAFT))) for evidence in (new, old)]
     assert list(sums[0]) == list(sums[1]), "checked by differences()"
@@ -100,8 +97,8 @@ def paired_interval(new: Evidence, old: Evidence) -> tuple[float, float, float]:
         found: Sums = speedup_of(table[..., :4]) / speedup_of(table[..., 4:])
         return found
 
-    interval = bootstrap(both, ratio, seed=SEED)
-    assert interval is not None, "a draft without questions has shortcomings()"
+    interval = ratio_interval(both, ratio)
+    assert interval is not None, "a draft with too few questions has shortcomings()"
     return float(ratio(np.sum(both, axis=0))), *interval
 
 

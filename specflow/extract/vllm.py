@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from specflow import http
 from specflow.errors import RetryableError, UserError
 from specflow.extract.engine_files import roomy, scratch_folder, wait_until_written
 from specflow.extract.final_norm import load_final_norm
@@ -174,7 +175,8 @@ class _Engine:
                 ),
             )
         )
-        client = enter(httpx.Client(timeout=timeout_s, limits=httpx.Limits(max_connections=MAX_REQUESTS)))
+        limits = httpx.Limits(max_connections=MAX_REQUESTS)
+        client = enter(http.client(server.endpoint.url, timeout=timeout_s, limits=limits))
         return _Request(server, client, scratch, timeout_s, self.convert)
 
     def __call__(self, row_id: str, tokens: list[int]) -> Answer:

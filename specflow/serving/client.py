@@ -17,8 +17,9 @@ from typing import Any, Literal, TypeVar
 
 import httpx
 
+from specflow import http
 from specflow.errors import RetryableError, UserError
-from specflow.serving.server import Endpoint, use_proxies
+from specflow.serving.server import Endpoint
 
 Protocol = Literal["vllm", "sglang", "openai"]
 T = TypeVar("T")
@@ -103,8 +104,7 @@ class Client:
 
     async def __aenter__(self) -> Client:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        proxies = any(use_proxies(lane.endpoint) for lane in self.lanes)
-        self._http = httpx.AsyncClient(limits=limits, timeout=None, trust_env=proxies)
+        self._http = http.async_client(*(lane.endpoint.url for lane in self.lanes), limits=limits, timeout=None)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -219,8 +219,7 @@ def engine_version(endpoint: Endpoint, protocol: Protocol) -> str:
     paths = {"vllm": ("/version",), "sglang": ("/server_info", "/get_server_info"), "openai": ()}[protocol]
     for path in paths:
         try:
-            proxies = use_proxies(endpoint)
-            answer = httpx.get(endpoint.url + path, headers=endpoint.headers, timeout=30.0, trust_env=proxies)
+            answer = http.get(endpoint.url + path, headers=endpoint.headers, timeout=30.0)
             if answer.status_code == 200:
                 return f"{protocol} {answer.json()['version']}"
         except (httpx.HTTPError, ValueError, KeyError, TypeError):

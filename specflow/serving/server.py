@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 
-from specflow import supervisor
+from specflow import http, supervisor
 from specflow.config import Serve
 from specflow.errors import RetryableError, UserError
 from specflow.serving.engines import Launch
@@ -162,7 +162,7 @@ def wait_until_ready(server: Server, timeout_s: float) -> None:
                 f"its output is in {server.log}"
             )
         with contextlib.suppress(httpx.HTTPError, OSError):
-            if httpx.get(f"{server.endpoint.url}/health", timeout=5.0, trust_env=False).status_code == 200:
+            if http.get(f"{server.endpoint.url}/health", timeout=5.0).status_code == 200:
                 found = _describe(server.endpoint)
                 _first_answer(found, max(1.0, deadline - time.monotonic()))
                 server.endpoint = found
@@ -172,9 +172,7 @@ def wait_until_ready(server: Server, timeout_s: float) -> None:
 
 def _describe(endpoint: Endpoint) -> Endpoint:
     """The endpoint with its context. Raises UserError where it serves another model or speaks another protocol."""
-    answer = httpx.get(
-        f"{endpoint.url}/v1/models", headers=endpoint.headers, timeout=30.0, trust_env=use_proxies(endpoint)
-    )
+    answer = http.get(f"{endpoint.url}/v1/models", headers=endpoint.headers, timeout=30.0)
     if answer.status_code in (401, 403):
         raise UserError(f"{endpoint.url} refuses the key ({answer.status_code}): set serve.api_key_env to its variable")
     try:
@@ -194,15 +192,9 @@ def _describe(endpoint: Endpoint) -> Endpoint:
 def _first_answer(endpoint: Endpoint, timeout_s: float) -> None:
     """A health check passes before a model can answer; only a completion shows that it does."""
     body = {"model": endpoint.model, "prompt": "a", "max_tokens": 1}
-    url, proxies = f"{endpoint.url}/v1/completions", use_proxies(endpoint)
-    answer = httpx.post(url, json=body, headers=endpoint.headers, timeout=timeout_s, trust_env=proxies)
+    answer = http.post(f"{endpoint.url}/v1/completions", json=body, headers=endpoint.headers, timeout=timeout_s)
     if answer.status_code != 200:
         raise UserError(f"{endpoint.url} answers a completion with {answer.status_code}: {_one_line(answer.text)}")
-
-
-def use_proxies(endpoint: Endpoint) -> bool:
-    """Whether the proxies that the environment names are asked: none of them leads to the loopback interface."""
-    return httpx.URL(endpoint.url).host not in ("127.0.0.1", "localhost", "::1")
 
 
 def check_context(endpoint: Endpoint, needed: int) -> None:

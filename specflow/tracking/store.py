@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specflow.errors import UserError
+from specflow.http import spare_loopback
 from specflow.tracking.view import VIEW_TAG, view_tag
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def where_to_look(home: Path) -> str:
 def open_store(home: Path) -> MlflowClient:
     """A client of the store. Raises UserError, within seconds, where the store cannot be used."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # MLflow has no other switch
+    spare_loopback()
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic"):

@@ -63,7 +63,7 @@ def run(
         bench = ModelBench(name, family, params, paths, options.max_nodes)
         try:
             searched, fresh = bench.split(options.num_prompts)
-            settings = Settings(options.budget_s, options.max_nodes, family.bench.seed)
+            settings = Settings(options.budget_s, options.max_nodes)
             found = tune(bench, searched, fresh, settings)
         finally:
             bench.close()
@@ -137,7 +137,7 @@ def sentence(found: Found) -> str:
         return f"Pays with {described(winner)}: {_numbers(winner)}."
     if winner.loses:
         return f"Does not pay: the best setting, {described(winner)}, is {_numbers(winner)}. Serve the target alone."
-    low, high = winner.speedup_ci or (0.0, 0.0)
+    low, high = winner.speedup_ci or (0.0, 1.0)
     more = "; a larger --budget-s asks more questions" if low <= 1.0 <= high else ""
     return f"{winner.verdict} That was the best setting, {described(winner)}{more}."
 
@@ -148,13 +148,12 @@ def of_cut(name: str, found: Found) -> str:
     if cut is None or found.gain_of_cut is None:
         return "Draft vocabulary: no cut is predicted to be faster." if len(found.costs) > 1 else NO_CUTS
     gain, interval = found.gain_of_cut
-    low, high = interval or (gain, gain)
     size = cut.candidate.draft_vocab_size
     text = (
-        f"Draft vocabulary cut to {size} of {next(iter(found.costs))}: {gain:.2f}x (95% CI {low:.2f} to {high:.2f}) of "
+        f"Draft vocabulary cut to {size} of {next(iter(found.costs))}: {gain:.2f}x{_within(interval)} of "
         f"the best setting's speed, acceptance length {cut.acceptance_length:.2f}"
     )
-    if low <= 1.0:
+    if interval is None or interval[0] <= 1.0:
         return f"{text}: no gain is shown."
     return (
         f"{text}. To have it, set families.{name}.vocab.draft_vocab_size: {size} and `dvc repro`, which trains the "
@@ -171,11 +170,14 @@ def described(measured: Measured) -> str:
 
 
 def _numbers(measured: Measured) -> str:
-    low, high = measured.speedup_ci or (0.0, 0.0)
     return (
-        f"{measured.speedup:.2f}x (95% CI {low:.2f} to {high:.2f}) over {measured.num_questions} fresh questions, "
+        f"{measured.speedup:.2f}x{_within(measured.speedup_ci)} over {measured.num_questions} fresh questions, "
         f"acceptance length {measured.acceptance_length:.2f}"
     )
+
+
+def _within(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f" (95% CI {interval[0]:.2f} to {interval[1]:.2f})"
 
 
 def _tone(found: Found) -> str:

@@ -96,9 +96,7 @@ def kind_of(candidate: Candidate) -> str:
     return "chain" if candidate.is_chain else "tree"
 
 
-def judged(
-    records: Sequence[Record], candidate: Candidate, *, greedy: bool, seed: int, conditions: Mapping[str, Any]
-) -> Measured:
+def judged(records: Sequence[Record], candidate: Candidate, *, greedy: bool, conditions: Mapping[str, Any]) -> Measured:
     """`summarise`, with an interval and the benchmark's verdict; `conditions` as that takes them."""
     own = [
         record if record.engine == BASELINE else replace(record, engine=DRAFT)
@@ -110,7 +108,6 @@ def judged(
         own,
         num_speculative_tokens=candidate.depth,
         greedy=greedy,
-        seed=seed,
         tree=shape,
         conditions=conditions,
     )

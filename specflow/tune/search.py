@@ -70,7 +70,6 @@ class Workbench(Protocol):
 class Settings:
     budget_s: float
     max_nodes: int
-    seed: int = 0
     keep: int = KEEP
 
 
@@ -104,7 +103,7 @@ def tune(bench: Workbench, searched: Sequence[Question], fresh: Sequence[Questio
     rivals = _rivals(found.predictions, settings.keep)
     asked, finalists = _search(bench, found, rivals, searched, watch.until("search"))
     watch.lap("search", found)
-    confirming = _confirm(bench, found, finalists, fresh, watch.until("confirmation"), settings.seed)
+    confirming = _confirm(bench, found, finalists, fresh, watch.until("confirmation"))
     watch.lap("confirmation", found)
     found.prompts = {"search": [q.question_id for q in asked], "confirmation": confirming}
     return found
@@ -286,7 +285,6 @@ def _confirm(
     finalists: Sequence[Candidate],
     questions: Sequence[Question],
     deadline: _Deadline,
-    seed: int,
 ) -> list[str]:
     """Measure the finalists on fresh questions, each once before any a second time; return the questions' ids."""
     records: list[Record] = []
@@ -300,8 +298,7 @@ def _confirm(
         records += [replace(record, set="confirmation", repeat=repeat) for record in done]
         deadline.did(cost)
     found.confirmed = [
-        judged(records, candidate, greedy=bench.greedy, seed=seed, conditions=bench.conditions)
-        for candidate in finalists
+        judged(records, candidate, greedy=bench.greedy, conditions=bench.conditions) for candidate in finalists
     ]
     cut, winner = found.best("cut"), found.winner
     if cut is not None and winner is not None:
@@ -309,7 +306,7 @@ def _confirm(
         pairs = paired(own[winner.candidate.name], own[cut.candidate.name])
         gain = metrics.speedup(pairs)
         assert gain is not None, "both answered the same questions"
-        found.gain_of_cut = gain, speedup_interval(pairs, seed=seed)
+        found.gain_of_cut = gain, speedup_interval(pairs)
     return sorted({record.question_id for record in records})
 
 

@@ -179,7 +179,6 @@ def accuracy(
     text_of: Callable[[Record], str],
     *,
     execute_code: bool,
-    seed: int,
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """summary.json's `accuracy` by prompt set, and one row for each judged answer. (None, []) where no set is named.
 
@@ -193,7 +192,7 @@ def accuracy(
     for name in names:
         chosen = [record for record in records if record.set == name and record.engine in (BASELINE, DRAFT)]
         scores = _score(chosen, {question.question_id: question for question in sets[name]}, text_of, sandbox)
-        block[name] = {"kind": _kind(sets[name]), **compare(chosen, scores, seed=seed)}
+        block[name] = {"kind": _kind(sets[name]), **compare(chosen, scores)}
         rows += [{"id": r.key, "kind": block[name]["kind"], **asdict(scores[r.key])} for r in chosen if r.key in scores]
     return block or None, rows
 
@@ -225,7 +224,7 @@ def _judge(text: str, question: Question, turn: int, sandbox: Sandbox | None) ->
     return None if reference is None else score_number(text, reference)
 
 
-def compare(records: Sequence[Record], scores: Mapping[str, Score], *, seed: int) -> dict[str, Any]:
+def compare(records: Sequence[Record], scores: Mapping[str, Score]) -> dict[str, Any]:
     """Rates of right answers of both engines, and the paired difference (draft - baseline) with its 95 % interval."""
     sides = {e: [r for r in records if r.engine == e and r.key in scores] for e in (BASELINE, DRAFT)}
     baseline, draft = sides.values()
@@ -235,7 +234,7 @@ def compare(records: Sequence[Record], scores: Mapping[str, Score], *, seed: int
 
     pairs = [(b.question, scores[b.key].correct, scores[d.key].correct) for b, d in paired(baseline, draft)]
     differences = [(question, float(theirs) - float(ours)) for question, ours, theirs in pairs]
-    interval = difference_interval(differences, seed=seed)
+    interval = difference_interval(differences)
     return {
         "num_questions": len({r.question for r in [*baseline, *draft]}),
         "num_answers": len(pairs),

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import httpx
 
+from specflow import http
 from specflow.serving.server import Endpoint
 
 ServedEngine = Literal["vllm", "sglang", "openai"]
@@ -88,7 +89,7 @@ async def _run_block(
             replies[number] = await _ask(client, endpoint, requests[number], asking, time.perf_counter() - began)
 
     # The deadline of a whole request is asyncio's; httpx alone would wait anew for every message.
-    async with httpx.AsyncClient(timeout=None, limits=limits, headers=endpoint.headers) as client:
+    async with http.async_client(endpoint.url, timeout=None, limits=limits, headers=endpoint.headers) as client:
         await asyncio.gather(*(user(client) for _ in range(concurrency)))
     return [reply for reply in replies if reply is not None], time.perf_counter() - began
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 
+from specflow import http
 from specflow.bench.served.client import Request
 from specflow.errors import UserError
 from specflow.export.eagle3 import check_export
@@ -44,7 +45,11 @@ def expected_length(metrics_file: Path, num_speculative_tokens: int) -> float | 
 
 
 def gap(
-    expected: float | None, in_process: float, served: float, interval: tuple[float, float], checks: Sequence[Check]
+    expected: float | None,
+    in_process: float,
+    served: float,
+    interval: tuple[float, float] | None,
+    checks: Sequence[Check],
 ) -> dict[str, Any]:
     """The three acceptance lengths, how far they lie apart, and where to look where that is above 5 %."""
     of_server = served / in_process - 1.0
@@ -54,7 +59,7 @@ def gap(
         "expected": expected,
         "in_process": in_process,
         "served": served,
-        "served_interval": list(interval),
+        "served_interval": interval and list(interval),
         "gap": number,
         "gap_to_in_process": of_server,
         "apart": max(abs(number), abs(of_server)) > APART,
@@ -67,7 +72,7 @@ def _advice(
     expected: float | None,
     of_training: float | None,
     of_server: float,
-    interval: tuple[float, float],
+    interval: tuple[float, float] | None,
     checks: Sequence[Check],
 ) -> list[str]:
     """Where to look, the likeliest first; empty where nothing is apart."""
@@ -85,14 +90,16 @@ def _advice(
                 "RoPE, layer ids and norm flags of config.json, which engines default differently, and its version."
             )
     if of_training is not None and abs(of_training) > APART and expected is not None:
-        low, high = interval
         if abs(of_server) <= APART:
             text = (
                 f"Server and in-process chain agree; both lie {of_training:+.1%} from what training expected. Look at "
                 "the prompts: training starts chains at every position of all held-out answers, a server only where a "
                 "step ends"
             )
-            if low <= expected <= high:
+            if interval is None:
+                text += ", and so few prompts tell little of others"
+            elif interval[0] <= expected <= interval[1]:
+                low, high = interval
                 text += f", and with this few prompts the interval {low:.2f} to {high:.2f} holds the expected value"
             advice.append(f"{text}.")
         else:
@@ -124,9 +131,8 @@ def check_template(endpoint: Endpoint, request: Request, facts: TargetFacts, tim
     if facts.template_options:
         body["chat_template_kwargs"] = facts.template_options
     try:
-        answer = httpx.post(
-            f"{endpoint.url}/v1/chat/completions", json=body, headers=endpoint.headers, timeout=timeout_s
-        )
+        url = f"{endpoint.url}/v1/chat/completions"
+        answer = http.post(url, json=body, headers=endpoint.headers, timeout=timeout_s)
         told = answer.raise_for_status().json()
         ids, count = told.get("prompt_token_ids"), told["usage"]["prompt_tokens"]
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 from tqdm import tqdm
 
-from specflow import files
+from specflow import files, http
 from specflow.bench.served import metrics
 from specflow.bench.served.client import Asking, Reply, Request, run_block
 from specflow.bench.served.gap import Check, check_template
@@ -274,7 +274,7 @@ def _without_keys(launch: Launch) -> str:
 
 def _get(endpoint: Endpoint, path: str) -> dict[str, Any] | None:
     try:
-        answer = httpx.get(endpoint.url + path, headers=endpoint.headers, timeout=30.0)
+        answer = http.get(endpoint.url + path, headers=endpoint.headers, timeout=30.0)
         found = answer.json() if answer.status_code == 200 else None
     except (httpx.HTTPError, ValueError):
         return None
@@ -314,7 +314,7 @@ def _counters(endpoint: Endpoint) -> dict[str, float] | None:
     last = None
     for _ in range(10):
         try:
-            answer = httpx.get(f"{endpoint.url}/metrics", headers=endpoint.headers, timeout=30.0)
+            answer = http.get(f"{endpoint.url}/metrics", headers=endpoint.headers, timeout=30.0)
         except httpx.HTTPError:
             return None
         found = metrics.parse_counters(answer.text) if answer.status_code == 200 else None

@@ -180,11 +180,10 @@ def _gap(
     ]
     way = "train_online" if plan.name in params.online else "train_offline"
     expected = gap.expected_length(plan.paths.metrics(way), k) if heldout else None
-    interval = length_interval(drafted, seed=plan.family.bench.seed) or (served, served)
     return {
         "set": HELDOUT if heldout else "all sets",
         "num_requests": len(drafted),
-        **gap.gap(expected, local, served, interval, checks),
+        **gap.gap(expected, local, served, length_interval(drafted), checks),
     }
 
 
@@ -256,11 +255,14 @@ def table(served: Mapping[str, Any]) -> list[str]:
 
 
 def gap_lines(found: Mapping[str, Any]) -> list[str]:
-    low, high = found["served_interval"]
+    interval = found["served_interval"]
+    within = "too few questions for an interval"
+    if interval is not None:
+        within = f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}"
     expected = "not known" if found["expected"] is None else f"{found['expected']:.3f}"
     return [
         f"Acceptance length on {found['set']} ({found['num_requests']} requests): training expected {expected}, in "
-        f"process {found['in_process']:.3f}, served {found['served']:.3f} (95 % interval {low:.2f} to {high:.2f}); "
+        f"process {found['in_process']:.3f}, served {found['served']:.3f} ({within}); "
         f"train-to-serve gap {found['gap']:+.1%}.",
         *found["advice"],
     ]

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
+from specflow.bench.statistics.intervals import LEVEL
 from specflow.bench.statistics.metrics import speedup, tok_s
 from specflow.bench.statistics.records import Record, paired
-
-_NORMAL_95 = 1.959964
 
 
 def drift(baseline: Sequence[Record], engine: Sequence[Record]) -> dict[str, Any]:
@@ -40,10 +40,10 @@ def drift(baseline: Sequence[Record], engine: Sequence[Record]) -> dict[str, Any
     }
     line = log_speed_per_second(timed)
     if line is not None and span_s is not None:
-        slope, error = line
+        slope, half = line
         found["baseline_per_hour"] = _grown(slope * 3600)
         found["baseline_change"] = _grown(slope * span_s)
-        found["baseline_change_ci"] = [_grown((slope + side * _NORMAL_95 * error) * span_s) for side in (-1, 1)]
+        found["baseline_change_ci"] = [_grown((slope + side * half) * span_s) for side in (-1, 1)]
     return found
 
 
@@ -53,7 +53,7 @@ def _grown(exponent: float) -> float:
 
 
 def log_speed_per_second(records: Sequence[Record]) -> tuple[float, float] | None:
-    """Least squares slope of log(tokens per second) over `started_at`, and its standard error.
+    """Least squares slope of log(tokens per second) over `started_at`, and half its 95 % interval.
 
     Each request has a level of its own, as long and short ones differ in speed: only differences between the repeats of
     one request count. None where none was repeated.
@@ -71,7 +71,8 @@ def log_speed_per_second(records: Sequence[Record]) -> tuple[float, float] | Non
         return None
     slope = float(times @ speeds) / spread
     rest = speeds - slope * times
-    return slope, math.sqrt(float(rest @ rest) / freedom / spread)
+    error = math.sqrt(float(rest @ rest) / freedom / spread)
+    return slope, float(stdtrit(freedom, (1 + LEVEL) / 2)) * error
 
 
 def by_repeat(baseline: Sequence[Record], engine: Sequence[Record]) -> list[dict[str, Any]]:

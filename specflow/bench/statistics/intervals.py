@@ -1,7 +1,10 @@
-"""Bootstrap intervals that draw whole questions: what belongs to one question says too much alike to be drawn apart.
+"""95 % intervals over questions: what belongs to one question says too much alike to be counted apart.
 
-A question's turns, samples and repeats are summed before anything is drawn, so more repeats of the same questions add
-no certainty. Percentile intervals, None where there are fewer than two questions: one tells nothing of others.
+A question's turns, samples and repeats are summed before anything else, so more repeats of the same questions add no
+certainty. The standard error is the delete-one jackknife's over questions, and the quantile Student's t with the
+effective number of questions less one degrees of freedom, (sum of sizes)^2 / sum of sizes^2 (Kish): six questions of
+which one is half of all tokens are worth fewer. Ratios are taken as logarithms. `tests/unit/bench/statistics/
+test_coverage.py` holds the coverage; percentiles of a bootstrap cover 83 to 86 % with six questions.
 """
 
 from __future__ import annotations
@@ -10,11 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from specflow.bench.statistics.records import Pair, Record
 
-NUM_RESAMPLES = 2000
 LEVEL = 0.95
+LEAST_QUESTIONS = 3
+"""Below this nothing is known of how far questions lie apart: no interval."""
 Sums = NDArray[np.float64]
 
 
@@ -26,16 +31,31 @@ def sums_by_question(parts: Iterable[tuple[tuple[str, str], Sequence[float]]]) -
     return dict(sorted(found.items()))
 
 
-def bootstrap(
-    sums: Iterable[Sums], statistic: Callable[[Sums], Sums], *, seed: int, level: float = LEVEL
-) -> tuple[float, float] | None:
-    """Interval of `statistic`, a function of sums over questions: [..., parts] -> [...]."""
+def half_width(table: Sums, statistic: Callable[[Sums], Sums], sizes: Sequence[int] | None = None) -> Sums:
+    """Half of the interval's width for tables of [..., questions, parts] -> [...].
+
+    `statistic`: a function of sums over questions, [..., parts] -> [...]. `sizes`: the parts that say how much of the
+    whole a question is, none negative; default all.
+    """
+    num = table.shape[-2]
+    without = statistic(table.sum(axis=-2, keepdims=True) - table)
+    errors = without - without.mean(axis=-1, keepdims=True)
+    standard_error = np.sqrt((num - 1) / num * (errors**2).sum(axis=-1))
+    parts = table if sizes is None else table[..., list(sizes)]
+    squares = (parts**2).sum(axis=-2)
+    effective = np.divide(parts.sum(axis=-2) ** 2, squares, out=np.full_like(squares, num), where=squares > 0)
+    freedom = np.maximum(effective.min(axis=-1) - 1, 1.0)
+    width: Sums = stdtrit(freedom, (1 + LEVEL) / 2) * standard_error
+    return width
+
+
+def ratio_interval(sums: Iterable[Sums], ratio: Callable[[Sums], Sums]) -> tuple[float, float] | None:
+    """Interval of a positive ratio of sums over questions; None below LEAST_QUESTIONS."""
     table = np.array(list(sums))
-    if len(table) < 2:
+    if len(table) < LEAST_QUESTIONS:
         return None
-    chosen = np.random.default_rng(seed).integers(len(table), size=(NUM_RESAMPLES, len(table)))
-    low, high = np.quantile(statistic(table[chosen].sum(axis=1)), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    centre, half = ratio(table.sum(axis=0)), np.exp(half_width(table, lambda parts: np.log(ratio(parts))))
+    return float(centre / half), float(centre * half)
 
 
 def speed_sums(pairs: Iterable[Pair]) -> dict[tuple[str, str], Sums]:
@@ -52,20 +72,32 @@ def speedup_of(sums: Sums) -> Sums:
     return ratio
 
 
-def speedup_interval(pairs: Iterable[Pair], *, seed: int, level: float = LEVEL) -> tuple[float, float] | None:
+def length_of(sums: Sums) -> Sums:
+    """Pooled acceptance length, from steps and accepted tokens [..., 2] -> [...]."""
+    return np.asarray(1.0 + sums[..., 1] / sums[..., 0])
+
+
+def speedup_interval(pairs: Iterable[Pair]) -> tuple[float, float] | None:
     """Interval of the ratio of sums, `metrics.speedup`."""
-    return bootstrap(speed_sums(pairs).values(), speedup_of, seed=seed, level=level)
+    return ratio_interval(speed_sums(pairs).values(), speedup_of)
 
 
-def length_interval(records: Iterable[Record], *, seed: int, level: float = LEVEL) -> tuple[float, float] | None:
+def length_interval(records: Iterable[Record]) -> tuple[float, float] | None:
     """Interval of the pooled acceptance length. Questions without a step have no part in it."""
-    sums = sums_by_question((r.question, (sum(a for _, a in r.steps), len(r.steps))) for r in records if r.steps)
-    return bootstrap(sums.values(), lambda table: 1.0 + table[..., 0] / table[..., 1], seed=seed, level=level)
+    sums = sums_by_question((r.question, (len(r.steps), sum(a for _, a in r.steps))) for r in records if r.steps)
+    bounds = ratio_interval(sums.values(), length_of)
+    return None if bounds is None else (max(1.0, bounds[0]), bounds[1])  # no step emits less than one token
 
 
-def difference_interval(
-    values: Iterable[tuple[tuple[str, str], float]], *, seed: int, level: float = LEVEL
-) -> tuple[float, float] | None:
+def difference_interval(values: Iterable[tuple[tuple[str, str], float]]) -> tuple[float, float] | None:
     """Interval of the mean of paired differences, each said with its question."""
-    sums = sums_by_question((question, (value, 1.0)) for question, value in values)
-    return bootstrap(sums.values(), lambda table: table[..., 0] / table[..., 1], seed=seed, level=level)
+    sums = sums_by_question((question, (1.0, value)) for question, value in values)
+    table = np.array(list(sums.values()))
+    if len(table) < LEAST_QUESTIONS:
+        return None
+
+    def mean(parts: Sums) -> Sums:
+        return np.asarray(parts[..., 1] / parts[..., 0])
+
+    centre, half = mean(table.sum(axis=0)), half_width(table, mean, sizes=[0])
+    return float(centre - half), float(centre + half)

@@ -22,7 +22,6 @@ def summary_of(
     *,
     num_speculative_tokens: int,
     greedy: bool,
-    seed: int,
     tree: Mapping[str, Any] | None = None,
     conditions: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -38,7 +37,7 @@ def summary_of(
         assert drafted <= num_speculative_tokens, f"{drafted} drafted in a chain of {num_speculative_tokens}"
 
     def of(chosen: Sequence[Record]) -> dict[str, Any]:
-        return summarise(chosen, num_speculative_tokens=num_speculative_tokens, greedy=greedy, seed=seed)
+        return summarise(chosen, num_speculative_tokens=num_speculative_tokens, greedy=greedy)
 
     overall = of(records)
     engines = by_engine(records)
@@ -65,13 +64,12 @@ def recompute(folder: Path) -> dict[str, Any]:
         [Record.from_json(row) for row in rows],
         num_speculative_tokens=told["num_speculative_tokens"],
         greedy=told["settings"]["temperature"] == 0.0,
-        seed=told["settings"]["seed"],
         tree=told.get("tree"),
         conditions=told.get("conditions"),
     )
 
 
-def summarise(records: Sequence[Record], *, num_speculative_tokens: int, greedy: bool, seed: int) -> dict[str, Any]:
+def summarise(records: Sequence[Record], *, num_speculative_tokens: int, greedy: bool) -> dict[str, Any]:
     """The summary of one prompt set, or of several pooled: everything the report shows of it.
 
     `lossless` is None under sampling, where outputs are drawn and may differ: there a test on distributions speaks.
@@ -89,13 +87,12 @@ def summarise(records: Sequence[Record], *, num_speculative_tokens: int, greedy:
                 [r for r in baseline if name_of(r) == name],
                 [r for r in draft if name_of(r) == name],
                 num_speculative_tokens,
-                seed,
             )
             for name in sorted({name_of(r) for r in [*baseline, *draft]})
         }
 
     return {
-        **engine_summary(baseline, draft, num_speculative_tokens, seed),
+        **engine_summary(baseline, draft, num_speculative_tokens),
         "lossless": lossless_rate == 1.0 if known else None,
         "lossless_rate": lossless_rate if known else None,
         "first_divergence": first_divergence if known else None,
@@ -112,14 +109,12 @@ def summarise(records: Sequence[Record], *, num_speculative_tokens: int, greedy:
     }
 
 
-def engine_summary(
-    baseline: Sequence[Record], engine: Sequence[Record], num_speculative_tokens: int, seed: int
-) -> dict[str, Any]:
+def engine_summary(baseline: Sequence[Record], engine: Sequence[Record], num_speculative_tokens: int) -> dict[str, Any]:
     """One engine's acceptance, and its speed over the pairs with the baseline."""
     length, interval = None, None
     accepted = metrics.acceptance(engine, num_speculative_tokens)
     if engine:
-        length, interval = accepted.length, length_interval(engine, seed=seed)
+        length, interval = accepted.length, length_interval(engine)
     pairs = paired(baseline, engine)
     _check(pairs)
     plain = [b for b, _ in pairs] or baseline
@@ -139,7 +134,7 @@ def engine_summary(
         "tok_s": metrics.tok_s(engine) if engine else None,
         "baseline_tok_s": metrics.tok_s(plain) if plain else None,
         "speedup": metrics.speedup(pairs),
-        "speedup_ci": list(interval) if (interval := speedup_interval(pairs, seed=seed)) else None,
+        "speedup_ci": list(interval) if (interval := speedup_interval(pairs)) else None,
         "speedup_mean_of_ratios": metrics.speedup_mean_of_ratios(pairs),
         "decode_tok_s": metrics.decode_tok_s(engine) if engine else None,
         "baseline_decode_tok_s": metrics.decode_tok_s(plain) if plain else None,
@@ -168,6 +163,7 @@ def _reference(
         "tok_s": metrics.tok_s(engine),
         "baseline_tok_s": metrics.tok_s(plain) if plain else None,
         "speedup": metrics.speedup(pairs),
+        "speedup_ci": list(interval) if (interval := speedup_interval(pairs)) else None,
         "decode_speedup": metrics.decode_speedup(pairs),
         "lossless": metrics.losslessness(pairs)[0] == 1.0 if greedy and pairs else None,
     }

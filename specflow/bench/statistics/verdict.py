@@ -80,6 +80,11 @@ def _wrong_output(overall: Mapping[str, Any]) -> list[str]:
     null = overall["references"].get("null")
     if null is not None and null["acceptance_length"] > 1.0 and null["lossless"]:
         found.append(f"wrong drafts were accepted (reference row null: {null['acceptance_length']:.3f})")
+    elif null is not None and (interval := null.get("speedup_ci")) and interval[0] > 1.0:
+        found.append(
+            f"wrong drafts are faster than none (reference row null: {null['speedup']:.2f}x, 95% CI {interval[0]:.2f} "
+            f"to {interval[1]:.2f}), which no honest clock shows"
+        )
     length = overall["acceptance_length"]
     if length is not None and length < LEAST_LENGTH:
         found.append(f"acceptance length is {length:.2f}, which means wrong weights or template")
@@ -91,8 +96,9 @@ def _too_little(overall: Mapping[str, Any]) -> list[str]:
         return ["the draft did not run"]
     if overall["speedup"] is None:
         return ["the target alone did not run, so there is nothing to compare with"]
-    if overall["num_questions"] < 2:
-        return ["one question gives no interval"]
+    if overall["speedup_ci"] is None:
+        number = overall["num_questions"]
+        return [f"{number} question{'s give' if number > 1 else ' gives'} no interval"]
     low, high = overall["speedup_ci"]
     return ["the interval of the speedup includes 1"] if low <= 1.0 <= high else []
 

@@ -23,7 +23,7 @@ from specflow.tracking.store import open_store
 from tests.evidence import write_bench
 from tests.unit.report.test_report import Page
 
-SPEEDUPS = {"a": 1.25, "b": 1.25}
+SPEEDUPS = {"a": 1.25, "b": 1.25, "c": 1.25}
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def summary() -> dict[str, Any]:
     return {
         "tree": tree,
         "num_speculative_tokens": 3,
-        **summary_of(records, num_speculative_tokens=3, greedy=True, seed=0, tree=tree),
+        **summary_of(records, num_speculative_tokens=3, greedy=True, tree=tree),
         "accuracy": {"gsm8k": {"baseline": 0.5, "draft": 0.25, "difference": -0.25, "num_questions": 4}},
         "batch": [{"batch_size": 4, "tok_s": 99.0, "speedup": 1.5, "acceptance_length": 2.5}],
     }
@@ -83,7 +83,7 @@ def test_a_side_that_did_not_run_has_no_metrics(tmp_path: Any) -> None:
     paths = Paths(root=tmp_path, family="tiny", cache=tmp_path)
     alone = [r for r in benchmark(0.5) if r.engine == "draft"]
     files.write_json(
-        paths.bench / "summary.json", summary_of(alone, num_speculative_tokens=3, greedy=True, seed=0) | {"tree": None}
+        paths.bench / "summary.json", summary_of(alone, num_speculative_tokens=3, greedy=True) | {"tree": None}
     )
     named = results.headline("bench", {}, paths)
     assert named["accept/length"] == 2.0 and not {name for name in named if "speedup" in name or "baseline" in name}

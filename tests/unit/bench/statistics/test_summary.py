@@ -14,7 +14,7 @@ from tests.bench_records import benchmark, plain, record
 
 
 def summary(records: list[Record], **kwargs: Any) -> dict[str, Any]:
-    return summarise(records, **{"num_speculative_tokens": 3, "greedy": True, "seed": 0, **kwargs})
+    return summarise(records, **{"num_speculative_tokens": 3, "greedy": True, **kwargs})
 
 
 def test_parts_add_up() -> None:
@@ -33,7 +33,7 @@ def test_parts_add_up() -> None:
         assert sum(part["num_tokens"] for part in found[parts].values()) == found["num_tokens"]
         assert sum(part["num_steps"] for part in found[parts].values()) == found["num_steps"] == 6
     assert list(found["by_sample"]) == ["0"] and found["by_sample"]["0"]["speedup"] == found["speedup"]
-    assert found["acceptance_length_ci"] == [1.0, 4.0]
+    assert found["acceptance_length_ci"] is None, "two questions"
     assert found["references"] == {} and found["lossless"] is True and found["baseline_repeats_equal"] is True
     assert summary(records, greedy=False)["lossless"] is None
 
@@ -77,7 +77,7 @@ def test_a_side_that_did_not_run_has_no_numbers() -> None:
 
 def test_identities_are_asserted() -> None:
     def of(records: list[Record], **kwargs: Any) -> Any:
-        return summary_of(records, **{"num_speculative_tokens": 3, "greedy": True, "seed": 0, **kwargs})
+        return summary_of(records, **{"num_speculative_tokens": 3, "greedy": True, **kwargs})
 
     with pytest.raises(AssertionError, match="there twice"):
         of([plain(3), plain(3)])
@@ -92,7 +92,7 @@ def test_identities_are_asserted() -> None:
 def test_records_in_any_order_give_the_same_summary() -> None:
     records = benchmark(0.7, slower=0.02)
     shuffled = random.Random(0).sample(records, len(records))
-    kwargs: dict[str, Any] = {"num_speculative_tokens": 3, "greedy": True, "seed": 0}
+    kwargs: dict[str, Any] = {"num_speculative_tokens": 3, "greedy": True}
     one, other = (summary_of(rows, **kwargs) for rows in (records, shuffled))
     assert flat(one) == pytest.approx(flat(other)) and one["verdict"] == other["verdict"]
 
@@ -109,7 +109,7 @@ def test_anybody_can_compute_it_again(tmp_path: Path) -> None:
     """From the two files alone, a tree's settings and the machine's state included, to the last digit."""
     records = benchmark(0.7, k=5, slower=0.02)
     tree, conditions = {"branches": [[0], [1], [2], [0, 0], [0, 0, 0]]}, {"busy_share": 0.4}
-    made = summary_of(records, num_speculative_tokens=3, greedy=True, seed=4, tree=tree, conditions=conditions)
+    made = summary_of(records, num_speculative_tokens=3, greedy=True, tree=tree, conditions=conditions)
     settings = {"temperature": 0.0, "seed": 4}
     told = {**made, "num_speculative_tokens": 3, "settings": settings, "tree": tree, "conditions": conditions}
     files.write_json(tmp_path / "summary.json", told)

@@ -10,7 +10,7 @@ from tests.bench_records import benchmark, plain, record
 
 
 def judged(records: list[Record], **kwargs: Any) -> dict[str, Any]:
-    summary = summary_of(records, **{"num_speculative_tokens": 3, "greedy": True, "seed": 0, **kwargs})
+    summary = summary_of(records, **{"num_speculative_tokens": 3, "greedy": True, **kwargs})
     conclusion: dict[str, Any] = summary["conclusion"]
     assert conclusion["sentence"] == summary["verdict"]
     assert (conclusion["conclusion"] == "no conclusion") == bool(conclusion["reasons"])
@@ -42,7 +42,8 @@ REASONS: list[tuple[str, list[Record], dict[str, Any], str]] = [
     ("greedy", benchmark(0.7, tokens=OTHER), {}, "greedy output differs from the target's own in 100.0% of the runs"),
     ("where", benchmark(0.7, tokens=[0, 1, 2, 9, *range(4, 11)]), {}, "first in s/q0 at token 3"),
     ("unstable", replaced(benchmark(0.7), "baseline", 1, OTHER), {}, "alone answers otherwise from repeat to repeat"),
-    ("one", benchmark(0.7, questions=1), {}, "one question gives no interval"),
+    ("one", benchmark(0.7, questions=1), {}, "1 question gives no interval"),
+    ("two", benchmark(0.7, questions=2), {}, "2 questions give no interval"),
     ("no baseline", [r for r in benchmark(0.7) if r.engine == "draft"], {}, "the target alone did not run"),
     ("no draft", [r for r in benchmark(0.7) if r.engine == "baseline"], {}, "the draft did not run"),
     ("shared", benchmark(0.7), {"conditions": {"shared_cpu": True}}, "several workers measured on one CPU"),
@@ -73,6 +74,20 @@ def test_no_conclusion(records: list[Record], kwargs: dict[str, Any], reason: st
     found = judged(records, **kwargs)
     assert found["sentence"].startswith("No conclusion: ") and reason in found["sentence"]
     assert len([text for text in found["reasons"] if reason in text]) == 1
+
+
+def test_wrong_drafts_that_are_faster_than_none_accuse_the_clock() -> None:
+    """A draft that is always wrong costs its own time. Only an interval above 1 says otherwise, not a lucky value."""
+
+    def with_null(seconds: list[float]) -> list[Record]:
+        null = [record([0] * 10, engine="null", question=f"q{q}", repeat=1, seconds=s) for q, s in enumerate(seconds)]
+        return [*benchmark(0.7), *null]
+
+    found = judged(with_null([0.80, 0.82, 0.81, 0.83, 0.80, 0.82]))
+    (reason,) = found["reasons"]
+    assert reason.startswith("wrong drafts are faster than none (reference row null: 1.26x, 95% CI 1.2")
+    assert judged(with_null([1.3, 0.70, 0.9, 1.1, 0.8, 0.9]))["conclusion"] == "pays", "1.08x, but it scatters"
+    assert judged(with_null([1.10] * 6))["conclusion"] == "pays"
 
 
 def test_every_reason_is_told() -> None:
