@@ -18,6 +18,10 @@ from specflow.errors import UserError
 from specflow.schema import Count, Fraction, NonNegative, Positive, Section, Seed
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Layout = Literal[
+    "auto", "sharegpt", "messages", "conversation", "ultrachat", "tokens", "alpaca", "question", "problem", "query",
+    "input", "prompt", "chosen",
+]  # fmt: skip
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 """Of a family: part of folder names, stage addresses and dotted parameter paths."""
 
@@ -48,10 +52,12 @@ class Target(Source):
 
 
 class DataSource(Source):
-    format: Literal["auto", "sharegpt", "ultrachat", "messages", "alpaca", "prompt"] = "auto"
-    """Record layout; `auto` decides by the first record's keys."""
+    format: Layout = "auto"
+    """Record layout, one of docs/data.md's table; `auto` decides by the first record's keys."""
+    config: str | None = None
+    """Configuration of a data set folder that has several."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a data set folder."""
     category: str | None = None
     """Category of all records, where they carry none; coverage is reported by category."""
     on_damage: Literal["error", "salvage"] = "error"

@@ -10,14 +10,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-_KEYS = ("conversation_id", "conversation_hash", "message_tree_id", "dialogue_id", "dialog_id", "session_id", "id")
+ID_KEYS = ("conversation_id", "conversation_hash", "message_tree_id", "dialogue_id", "dialog_id", "session_id", "id")
 """Where layouts carry a conversation's id, the most explicit first."""
 _PART = re.compile(r"(?P<stem>.+?)[_-](?:part[_-]?)?\d+")
 
 
 def conversation_id(record: dict[str, Any]) -> str | None:
     """Id of the conversation that a record is (a part of), without the number of the part; None where it has none."""
-    value = next((record[key] for key in _KEYS if record.get(key) not in (None, "")), None)
+    value = next((record[key] for key in ID_KEYS if record.get(key) not in (None, "")), None)
     if not isinstance(value, str | int):
         return None
     part = _PART.fullmatch(str(value).strip())

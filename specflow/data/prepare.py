@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import statistics
 import tempfile
 from collections import Counter
@@ -22,8 +23,10 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from tqdm import tqdm
 
 from specflow.config import Family, Params
-from specflow.data.conversations import Conversation, SourceReport, read_conversations
+from specflow.data.conversations import Conversation, SourceReport, listed, read_conversations
+from specflow.data.fit import Fit
 from specflow.data.groups import related, usable_ids
+from specflow.data.layouts import Refused
 from specflow.data.overlap import Turns, normalise_text
 from specflow.data.prompt_sets import read_prompt_set
 from specflow.errors import UserError
@@ -31,10 +34,11 @@ from specflow.files import atomic_path, sha256_json, write_json, write_jsonl
 from specflow.paths import Paths
 from specflow.sources import resolve
 from specflow.targets.model import load_tokenizer, read_facts
-from specflow.targets.template import encode, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("specflow")
 
 _COMMON = 2
 """Turns and runs of words that more eval conversations share are the data set's own wording, and may be in train."""
@@ -63,9 +67,12 @@ def run(
     dropped: Counter[str] = Counter()
     paths.state.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile("w+b", dir=paths.state) as spool:
-        order = _spool(_read_all(family, paths.cache, reports), family.data.seed, spool, dropped)
+        order = _spool(_read_all(family, paths.cache, reports, tokenizer), family.data.seed, spool, dropped)
         chooser = _Chooser(family, tokenizer, benchmarks, spool, dropped)
-        chosen = chooser.choose(order)
+        try:
+            chosen = chooser.choose(order)
+        finally:
+            _say(reports, dropped, chooser.fit.unused)
     report = {
         "sources": [{**vars(report), "damage": report.damage and asdict(report.damage)} for report in reports],
         "distinct_conversations": sum(place.offset >= 0 for place in order),
@@ -122,9 +129,21 @@ def _metrics(
     }
 
 
-def _read_all(family: Family, cache: Path, reports: list[SourceReport]) -> Iterator[Conversation]:
+def _read_all(
+    family: Family, cache: Path, reports: list[SourceReport], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Conversation]:
     for source, report in zip(family.data.sources, reports, strict=True):
-        yield from read_conversations(source, resolve(source, cache), report)
+        yield from read_conversations(source, resolve(source, cache), report, tokenizer)
+
+
+def _say(reports: list[SourceReport], dropped: Counter[str], unused: Counter[str]) -> None:
+    """What became of everything that was read: a line for each source, and one for what was looked at of them."""
+    for report in reports:
+        logger.info("prepare: %s", report.line())
+    if dropped:
+        logger.info("prepare: conversations dropped: %s", listed(dropped))
+    if unused:
+        logger.info("prepare: parts of conversations not used: %s", listed(unused))
 
 
 class Place(NamedTuple):
@@ -178,7 +197,7 @@ class _Chooser:
         spool: IO[bytes],
         dropped: Counter[str],
     ) -> None:
-        self.family, self.tokenizer, self.benchmarks = family, tokenizer, benchmarks
+        self.family, self.fit, self.benchmarks = family, Fit(family, tokenizer), benchmarks
         self.spool, self.dropped = spool, dropped
         self.held_out = Turns(())  # of eval, once that is chosen
         self.looked_at = 0  # conversations checked before both splits were full
@@ -224,15 +243,9 @@ class _Chooser:
         """The conversation within its limits and its prompt tokens; None, counted, if it may not be used."""
         self.looked_at += 1
         try:
-            messages, tokens = self._within_limits(conversation.messages)
-        except UserError:  # such as a system message where the template knows none
-            return self._drop(f"chat template refuses it (first role {conversation.messages[0]['role']})")
-        if self.family.sample.engine == "dataset" and messages:
-            messages = messages if messages[-1]["role"] == "assistant" else messages[:-1]
-            if not any(m["role"] == "assistant" for m in messages) or not all(m["content"] for m in messages):
-                return self._drop("has no answers of its own, which sample.engine dataset needs")
-        if not messages:
-            return self._drop("first prompt is longer than max_prompt_tokens")
+            messages, tokens = self.fit.fit(conversation.messages)
+        except Refused as reason:
+            return self._drop(str(reason))
         conversation = replace(conversation, messages=messages)
         if (prompt_set := self.benchmarks.repeated_by(messages)) is not None:
             return self._drop(f"overlaps {prompt_set}")
@@ -247,21 +260,3 @@ class _Chooser:
     def _drop(self, reason: str) -> tuple[None, int]:
         self.dropped[reason] += 1
         return None, 0
-
-    def _within_limits(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], int]:
-        """Messages up to the last user turn within max_turns and max_prompt_tokens, and its answer; prompt
-        tokens.
-
-        Answers are the target's to give and do not count: tokens are those of the first rendered prompt plus
-        those of each later user turn with what the template writes around a turn.
-        """
-        data = self.family.data
-        first = next(i for i, message in enumerate(messages) if message["role"] == "user")
-        total, end, turns = 0, 0, 0
-        for i in range(first, len(messages), 2):
-            prompt = render(self.tokenizer, messages[: first + 1] if i == first else [messages[i]], True)
-            total_then = total + len(encode(self.tokenizer, prompt))
-            if turns == data.max_turns or total_then > data.max_prompt_tokens:
-                break
-            total, end, turns = total_then, i + 2, turns + 1
-        return messages[:end], total

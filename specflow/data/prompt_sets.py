@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from specflow.data.records import Broken, read_values
 from specflow.errors import UserError
-from specflow.sources import open_binary
 
 _COMPLETE = "Complete the following Python function.\n\n```python\n{prompt}\n```"
 _LAYOUTS = (
@@ -24,7 +24,7 @@ _LAYOUTS = (
 )
 _WITHHELD = "FULL BENCHMARK DATA SHOULD BE FETCHED"
 """How SPEED-Bench's public file marks texts that it may not pass on."""
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -84,48 +84,24 @@ def _only_file(name: str, folder: Path) -> Path:
 def _records(name: str, path: Path) -> Iterator[tuple[str, Any]]:
     """(place in the file as the user counts it, record) of each."""
     try:
-        if path.name.endswith(".parquet"):
-            yield from _numbered("row", _parquet_rows(path))
-            return
-        with open_binary(path) as stream:
-            text = stream.read().decode("utf-8-sig")
-    except (EOFError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        yield from read_values(path)
+    except Broken as broken:
         raise UserError(
-            f"prompt set {name}: {path} cannot be read ({reason}): expected jsonl, json (or .gz of these), or parquet"
+            f"prompt set {name}: {path} {broken.where} cannot be read ({broken.reason}): expected jsonl, json, csv (or "
+            ".gz of these), or parquet"
         ) from None
-    if path.name.endswith((".json", ".json.gz")) and text.lstrip()[:1] == "[":
-        try:
-            yield from _numbered("record", json.loads(text))
-        except json.JSONDecodeError as error:
-            raise UserError(f"prompt set {name}: {path} line {error.lineno} is not JSON ({error.msg})") from None
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"prompt set {name}: {path} line {number} is not JSON ({error.msg}): expected one question a line"
-            ) from None
-        yield f"line {number}", record
-
-
-def _numbered(what: str, records: list[Any]) -> Iterator[tuple[str, Any]]:
-    return ((f"{what} {number}", record) for number, record in enumerate(records, 1))
-
-
-def _parquet_rows(path: Path) -> list[Any]:
-    import pyarrow.parquet
-
-    return list(pyarrow.parquet.read_table(path).to_pylist())
+    except UserError as error:
+        raise UserError(f"prompt set {name}: {error}") from None
 
 
 def _question(record: Any, name: str, number: int, where: str) -> Question:
     """A record in one of the layouts; `number` is the id of one that has none."""
     if not isinstance(record, dict):
         raise UserError(f"{where} is a {type(record).__name__}, expected an object with question_id and turns")
+    try:
+        json.dumps(record, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{where} holds half a character (a lone surrogate): correct its text") from None
     if "task_id" in record:
         question = _human_eval(record, where)
     elif "turns" in record or "question_id" in record:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from specflow.errors import UserError
 from specflow.targets import template
+from specflow.targets.template import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ class Conversation:
 
     id: str
     category: str
-    messages: list[dict[str, str]]
+    messages: list[Message]
     temperature: float
     """0 is greedy."""
     seed: int
@@ -36,7 +37,7 @@ class Conversation:
 class Dialogue:
     conversation: Conversation
     questions: deque[str]
-    messages: list[dict[str, str]]
+    messages: list[Message]
     tokens: list[int] = field(default_factory=list)
     spans: list[list[int]] = field(default_factory=list)
     turns: list[dict[str, str]] = field(default_factory=list)
@@ -94,14 +95,13 @@ class Turns:
 
     def begin(self, conversation: Conversation) -> Dialogue:
         """Raises UserError where the first prompt leaves no room for an answer."""
-        messages = list(conversation.messages)
-        system = [message for message in messages[:1] if message["role"] == "system"]
-        questions = deque(message["content"] for message in messages if message["role"] == "user")
+        questions = [i for i, message in enumerate(conversation.messages) if message["role"] == "user"]
         if not questions:
             raise UserError(
                 f"sample: conversation {conversation.id} has no user turn: run `dvc repro -f prepare@<family>`"
             )
-        dialogue = Dialogue(conversation, questions, [*system, {"role": "user", "content": questions.popleft()}])
+        later = deque(conversation.messages[i]["content"] for i in questions[1:])
+        dialogue = Dialogue(conversation, later, conversation.messages[: questions[0] + 1])
         self._ask(dialogue, self._prompt(dialogue))
         if dialogue.answer_limit <= dialogue.answer_start:
             raise UserError(

@@ -26,6 +26,7 @@ from specflow.targets.model import TargetFacts, load_model, load_tokenizer, read
 if TYPE_CHECKING:
     from specflow.config import Family, Params, Sample
     from specflow.paths import Log, Paths
+    from specflow.targets.template import Message
 
 
 SPLITS = ("train", "eval")
@@ -196,18 +197,35 @@ def _from_dataset(tokenizer: Any, row: dict[str, Any], seed: int) -> dict[str, A
         messages.pop()
     if not messages:
         return {"id": row["id"], "rows": []}
+    rows = [
+        {
+            "id": f"{row['id']}#{number}" if number else row["id"],
+            "category": row["category"],
+            "token_ids": token_ids,
+            "spans": spans,
+            "turns": [{"text": message["content"], "finish_reason": "stop"} for message in answers],
+            "temperature": 0.0,
+            "seed": seed,
+        }
+        for number, (answers, token_ids, spans) in enumerate(_sequences(tokenizer, messages))
+    ]
+    return {"id": row["id"], "rows": rows}
+
+
+def _sequences(tokenizer: Any, messages: list[Message]) -> list[tuple[list[Message], list[int], list[list[int]]]]:
+    """(answers, token ids, spans): one for all answers, or one for each where the template rewrites history.
+
+    A template that drops old thoughts shows an answer whole only while it is the last one.
+    """
     token_ids, spans = template.encode_conversation(tokenizer, messages)
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    sample = {
-        "id": row["id"],
-        "category": row["category"],
-        "token_ids": token_ids,
-        "spans": spans,
-        "turns": [{"text": text, "finish_reason": "stop"} for text in answers],
-        "temperature": 0.0,
-        "seed": seed,
-    }
-    return {"id": row["id"], "rows": [sample]}
+    ends = [
+        i + 1 for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("train", True)
+    ]
+    alone = [template.encode_conversation(tokenizer, messages[:end]) for end in ends]
+    last = [(ids, own[-1]) for ids, own in alone]
+    if all(token_ids[start:end] == ids[own[0] : own[1]] for (start, end), (ids, own) in zip(spans, last, strict=True)):
+        return [([messages[end - 1] for end in ends], token_ids, spans)]
+    return [([messages[end - 1]], ids, [own]) for end, (ids, own) in zip(ends, last, strict=True)]
 
 
 def _in_order(prompts: list[Any], log: RowLog) -> list[dict[str, Any]]:

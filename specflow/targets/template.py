@@ -7,7 +7,7 @@ right behind it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
@@ -16,16 +16,25 @@ from specflow.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, str]
-"""{"role": "system" | "user" | "assistant", "content": text}"""
+Message = dict[str, Any]
+"""{"role": "system" | "user" | "assistant" | "tool", "content": text}. An assistant's may have `tool_calls` (OpenAI's
+form, arguments as an object), `reasoning_content`, and `train: False` where its answer is not to be trained; the first
+message of a conversation may have `tools`, the schemas of functions.
+"""
 
+_OURS = ("tools", "train")
+"""Keys of a message that are no business of the template's."""
 _MARK = "\ue000answer\ue000"  # private-use characters: in no answer and nothing that a template trims
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool) -> str:
     """Text of a conversation under the chat template. Raises UserError where the template refuses it."""
+    tools = messages[0].get("tools") if messages else None
+    shown = [{key: value for key, value in message.items() if key not in _OURS} for message in messages]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return tokenizer.apply_chat_template(
+            shown, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
     except jinja2.TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(
@@ -45,13 +54,14 @@ def encode_conversation(
     """Token ids of a whole conversation and the half-open ranges of them that the assistant generates.
 
     A range holds the answer (thinking block included, where the template keeps it) and its end-of-turn token,
-    not the newline after it. Raises UserError where an answer cannot be located in the template's output.
+    not the newline after it. Answers marked `train: False` have none. Raises UserError where an answer cannot be
+    located in the template's output.
     """
     text = render(tokenizer, messages, add_generation_prompt=False)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    specials, spans = _special_tokens(tokenizer), []
+    specials, spans = special_tokens(tokenizer), []
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or not message.get("train", True):
             continue
         start, end = _answer_range(tokenizer, messages, index, text)
         end += len(_special_at(text, end, specials))
@@ -87,7 +97,7 @@ def _answer_range(
     return start, end
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Texts of the special tokens, longest first."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
@@ -97,12 +107,30 @@ def _special_at(text: str, position: int, specials: list[str]) -> str:
     return next((token for token in specials if text.startswith(token, position)), "")
 
 
+def shown_parts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Which of `tools`, `tool_calls`, `tool_results` and `reasoning_content` the template shows of a conversation."""
+    marks = {name: f"{_MARK}{name}" for name in ("tools", "tool_calls", "tool_results", "reasoning_content")}
+    tool = {"type": "function", "function": {"name": marks["tools"], "description": "", "parameters": {}}}
+    call = {"type": "function", "id": "call00000", "function": {"name": marks["tool_calls"], "arguments": {}}}
+    question = {"role": "user", "content": "question"}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    result = {"role": "tool", "content": marks["tool_results"], "tool_call_id": "call00000", "name": "name"}
+    thought = {"role": "assistant", "content": "answer", "reasoning_content": marks["reasoning_content"]}
+    text = ""
+    for messages in ([{**question, "tools": [tool]}, called, result], [question, thought]):
+        try:
+            text += render(tokenizer, messages, add_generation_prompt=False)
+        except UserError:  # a template that refuses them shows none
+            continue
+    return {name for name, mark in marks.items() if mark in text}
+
+
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Id of the special token that the template puts behind an answer, None where it puts none."""
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     token_ids, spans = encode_conversation(tokenizer, messages)
     last = token_ids[spans[0][1] - 1]
-    return last if tokenizer.decode([last]) in _special_tokens(tokenizer) else None
+    return last if tokenizer.decode([last]) in special_tokens(tokenizer) else None
 
 
 def next_turn_suffix(
@@ -124,7 +152,7 @@ def next_turn_suffix(
     generated = prompt + assistant_text
     if not following.startswith(generated):
         return None
-    token = _special_at(following, len(generated), _special_tokens(tokenizer))
+    token = _special_at(following, len(generated), special_tokens(tokenizer))
     return following[len(generated) + len(token) :] if token else None
 
 
@@ -138,5 +166,5 @@ def suffix_behind_any_answer(
     """
     messages = [*messages_so_far, {"role": "assistant", "content": _MARK}, {"role": "user", "content": user_text}]
     behind = render(tokenizer, messages, add_generation_prompt=True).partition(_MARK)[2]
-    token = _special_at(behind, 0, _special_tokens(tokenizer))
+    token = _special_at(behind, 0, special_tokens(tokenizer))
     return behind[len(token) :] if token else None

@@ -64,36 +64,65 @@ def test_alpaca_input_follows_the_instruction(tmp_path: Path) -> None:
 
 def test_normalise_rules_are_counted() -> None:
     dropped: Counter[str] = Counter()
-    pairs = [
-        ("system", "be kind"),
-        ("gpt", "left over"),
+    unused: Counter[str] = Counter()
+    turns = [
+        ("developer", "be kind"),
         ("human", "a"),
-        ("tool", "{}"),
-        ("chatgpt", "b"),
-        ("user", " "),
-        ("gpt", "again"),
-        ("human", "lost"),
+        ("chatgpt", " b\n"),
+        ("user", "c"),
+        ("narrator", "!"),
+        ("gpt", "d"),
     ]
-    messages, reason = normalise(pairs, dropped)
-    assert reason is None
-    assert [m["content"] for m in messages] == ["be kind", "a", "b"]
-    assert dropped == {
-        "assistant message before the first user turn": 1,
-        "unknown role 'tool'": 1,
-        "empty user message": 1,
-        "cut at assistant after assistant": 2,
-    }
+    messages = normalise([{"from": role, "value": text} for role, text in turns], dropped, unused)
+    assert [(m["role"], m["content"]) for m in messages] == [
+        ("system", "be kind"),
+        ("user", "a"),
+        ("assistant", "b"),
+        ("user", "c"),
+    ]
+    assert dropped == {"cut at unknown role 'narrator'": 2}  # its neighbours are never joined
+    assert not unused
+
+
+@pytest.mark.parametrize(
+    ("turns", "kept", "dropped"),
+    [
+        (
+            [("user", "a"), ("gpt", "b"), ("gpt", "c"), ("user", "d")],
+            ["a", "b"],
+            {"cut at assistant after assistant": 2},
+        ),
+        ([("user", "a"), ("gpt", "b"), ("user", " "), ("gpt", "c")], ["a", "b"], {"cut at empty user message": 2}),
+        ([("user", "a"), ("user", "b"), ("gpt", "c")], ["a"], {"cut at user after user": 2}),
+        ([("user", "a"), ("gpt", "b"), ("system", "s")], ["a", "b"], {"cut at system after assistant": 1}),
+        ([("user", "a"), ("gpt", "b"), ("tool", "12"), ("gpt", "c")], ["a", "b"], {"cut at tool after assistant": 2}),
+        ([("user", "a"), ("gpt", None)], ["a"], {"empty assistant message": 1}),
+        ([("user", "a"), ("gpt", ""), ("user", "b"), ("gpt", "c")], ["a", "", "b", "c"], {}),
+        ([("user", "a"), ("gpt", 7)], ["a"], {"cut where the assistant's message is of type int, not text": 1}),
+    ],
+)
+def test_a_conversation_ends_before_what_cannot_be_used(
+    turns: list[tuple[str, Any]], kept: list[str], dropped: dict[str, int]
+) -> None:
+    counts: Counter[str] = Counter()
+    messages = normalise([{"role": role, "content": text} for role, text in turns], counts, Counter())
+    assert [message["content"] for message in messages] == kept
+    assert counts == dropped
 
 
 @pytest.mark.parametrize(
     ("turns", "reason"),
     [
-        ([("gpt", "hello")], "no user turn"),
+        ([("gpt", "hello")], "assistant before any user turn"),
+        ([("gpt", "hello"), ("human", "yes"), ("gpt", "b")], "assistant before any user turn"),
         ([], "no user turn"),
-        ([("human", ""), ("gpt", "x"), ("human", "y")], "first user turn is empty"),
-        ([("human", None)], "a message is not text"),
-        ([("human", "broken \ud83d")], "a message is not text"),
-        ([("Mensch", "hallo")], "no user turn"),
+        ([("system", "only")], "no user turn"),
+        ([("human", ""), ("gpt", "x"), ("human", "y")], "empty user message"),
+        ([("human", None)], "the user's message is empty (null), not text"),
+        ([("human", 7)], "the user's message is of type int, not text"),
+        ([("human", [{"type": "image_url"}])], "a part of the user's message is 'image_url', not text"),
+        ([("human", "broken \ud83d")], "the user's message holds half a character (a lone surrogate)"),
+        ([("Mensch", "hallo")], "unknown role 'Mensch'"),
     ],
 )
 def test_unusable_records_are_dropped_with_a_reason(tmp_path: Path, turns: list[tuple[str, Any]], reason: str) -> None:
@@ -111,8 +140,8 @@ def test_a_source_of_only_unknown_roles_is_an_error(tmp_path: Path) -> None:
 
 
 def test_unknown_layout_names_keys_and_choices(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"keys \['foo'\]: expected one of conversations, messages"):
-        read(write(tmp_path / "d.jsonl", [{"foo": 1}]))
+    with pytest.raises(UserError, match=r"keys \['foo', 'questions'\]: 'questions' is near to 'question' of"):
+        read(write(tmp_path / "d.jsonl", [{"foo": 1, "questions": "a"}]))
 
 
 def test_category_of_the_record_then_of_the_source(tmp_path: Path) -> None:
@@ -191,7 +220,7 @@ def test_bad_jsonl_line_is_named(tmp_path: Path) -> None:
 def test_no_json_at_all_is_an_error_either_way(tmp_path: Path, name: str, content: bytes, on_damage: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(UserError, match="is not JSON"):
+    with pytest.raises(UserError, match=r"is not JSON|in UTF-16, expected UTF-8"):
         read(path, on_damage=on_damage)
 
 
@@ -221,5 +250,5 @@ def test_parquet_and_data_set_folder(tmp_path: Path) -> None:
         assert [c.messages for c in conversations] == [EXPECTED] * 3
         assert conversations[0].category == "chat"
         assert report.layout == "messages"
-    with pytest.raises(UserError, match="cannot be read as a data set"):
+    with pytest.raises(UserError, match=r"no split 'nowhere': set the source's `split` to one of \['train'\]"):
         read(folder, split="nowhere")

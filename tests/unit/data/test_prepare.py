@@ -78,7 +78,7 @@ def test_counts_rows_and_report(tmp_path: Path, tiny: Path) -> None:
     metrics, rows, report = prepared(tmp_path, tiny, [*records, broken, records[0]])
     assert (metrics["records"], metrics["dropped_records"], metrics["duplicates"]) == (14, 1, 1)
     assert (len(rows["train"]), len(rows["eval"])) == (6, 3)
-    assert report["sources"][0]["dropped_records"] == {"no user turn": 1}
+    assert report["sources"][0]["dropped_records"] == {"assistant before any user turn": 1}
     assert report["distinct_conversations"] == 12
     assert report["train"]["conversations"] == metrics["train_conversations"] == 6
     row = rows["train"][0]

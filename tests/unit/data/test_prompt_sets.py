@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,14 @@ def test_human_eval_layout_is_wrapped(tmp_path: Path) -> None:
         ('{"prompt": "a", "text": "b"}', "line 2 has the keys prompt, text: expected question_id, category, turns"),
         ('{"question": " ", "answer": "1"}', "line 2: 'question' holds an empty"),
         ('{"question_id": 1, "turns": ["FULL BENCHMARK DATA SHOULD BE FETCHED FROM"]}', "line 2 is a placeholder"),
-        ("nonsense", "line 2 is not JSON"),
+        ("nonsense", "line 2 cannot be read (Expecting value)"),
+        ('{"question_id": 1, "turns": ["\\ud83d"]}', "line 2 holds half a character"),
     ],
 )
 def test_wrong_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text('{"question_id": 0, "turns": ["a"]}\n' + line + "\n")
-    with pytest.raises(UserError, match=message.replace("[", r"\[")):
+    with pytest.raises(UserError, match=re.escape(message)):
         read_prompt_set("set", path)
 
 
@@ -66,7 +68,7 @@ def test_empty_and_binary_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no question"):
         read_prompt_set("set", path)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="in UTF-16, expected UTF-8"):
         read_prompt_set("set", path)
 
 
@@ -133,10 +135,10 @@ def test_a_folder_must_have_one_file(tmp_path: Path) -> None:
 
 def test_damaged_json_and_parquet(tmp_path: Path) -> None:
     (tmp_path / "q.json").write_text('[{"question_id": 1,\n "turns": ["a"]},\n nonsense]')
-    with pytest.raises(UserError, match=r"q\.json line 3 is not JSON"):
+    with pytest.raises(UserError, match=r"q\.json byte 39 cannot be read"):
         read_prompt_set("set", tmp_path / "q.json")
     (tmp_path / "q.parquet").write_bytes(b"PAR1 and nothing else")
-    with pytest.raises(UserError, match=r"q.parquet cannot be read \(.*\): expected jsonl, json"):
+    with pytest.raises(UserError, match=r"q.parquet row 1 cannot be read \(.*\): expected jsonl, json"):
         read_prompt_set("set", tmp_path / "q.parquet")
 
 
