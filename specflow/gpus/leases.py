@@ -71,10 +71,12 @@ def lease(resources: Resources, holder: str, *, allow_cpu: bool = False) -> Iter
         yield Lease()
         return
     with contextlib.ExitStack() as stack:
-        inherited = _inherited(candidates)
-        if inherited is not None:
-            devices, root = _first(inherited, resources, holder), inherited[0].pid
-            mark = os.environ[MARK]
+        joined = _joined(candidates, resources, holder)
+        if joined is not None:
+            parent, ticket = joined
+            stack.callback(ticket.release)
+            devices = tuple(device for device in candidates if device.uuid in ticket.request.devices)
+            mark, root = ticket.request.token, parent.pid
         else:
             _check_cuda_not_started(candidates, resources, holder)
             mark, root = secrets.token_hex(8), os.getpid()
@@ -128,23 +130,25 @@ def _fitting(visible: list[Device], resources: Resources, holder: str) -> list[D
     return sorted(fitting, key=lambda device: device.memory_bytes or 0) if needed else fitting
 
 
-def _inherited(candidates: Sequence[Device]) -> tuple[queue.Request, list[Device]] | None:
-    """The parent's lease and those of its devices that are candidates; None without a parent whose lease lives."""
+def _joined(
+    candidates: Sequence[Device], resources: Resources, holder: str
+) -> tuple[queue.Request, queue.Ticket] | None:
+    """The parent's lease and our share in it; None without a parent whose lease lives. Raises UserError if it has less
+    than we need."""
+
+    def choose(parent: queue.Request) -> tuple[str, ...]:
+        devices = [device.uuid for device in candidates if device.uuid in parent.devices]
+        if len(devices) < resources.gpus:
+            raise UserError(
+                f"{holder} needs {_count(resources)}, but runs under the lease of {parent.holder} (pid {parent.pid}), "
+                f"which has {len(devices)} for it: give {parent.holder} more GPUs"
+            )
+        return tuple(devices[: resources.gpus])
+
     token = os.environ.get(MARK)
-    request = next((r for r in queue.requests_now() if r.token == token and r.devices), None) if token else None
-    if request is None:
+    if not token:
         return None
-    return request, [device for device in candidates if device.uuid in request.devices]
-
-
-def _first(inherited: tuple[queue.Request, list[Device]], resources: Resources, holder: str) -> tuple[Device, ...]:
-    request, devices = inherited
-    if len(devices) < resources.gpus:
-        raise UserError(
-            f"{holder} needs {_count(resources)}, but runs under the lease of {request.holder} (pid {request.pid}), "
-            f"which has {len(devices)} for it: give {request.holder} more GPUs"
-        )
-    return tuple(devices[: resources.gpus])
+    return queue.join(queue.folder(), holder=holder, gpus=resources.gpus, token=token, choose=choose)
 
 
 @contextlib.contextmanager
@@ -173,8 +177,9 @@ def _held(candidates: Sequence[Device], resources: Resources, holder: str, token
 def _obstacles(answer: queue.Answer, ticket: queue.Ticket, by_uuid: dict[str, Device]) -> str:
     """Who holds what, in one line."""
     parts = []
+    holders = queue.holders(answer.requests)
     for request in answer.requests:
-        mine = [by_uuid[uuid].label for uuid in request.devices if uuid in by_uuid]
+        mine = [device.label for uuid, device in by_uuid.items() if holders.get(uuid) is request]
         if mine:
             parts.append(f"GPU {', '.join(mine)} held by {describe_request(request)}")
     parts += [f"GPU {by_uuid[uuid].label} {reason}" for uuid, reason in answer.reasons]

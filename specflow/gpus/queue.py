@@ -1,9 +1,10 @@
 """The queue for devices: a folder of lock files that every process of the machine shares. Knows nothing of NVML.
 
 A request is a ticket, a file that its process keeps locked from asking to giving back; numbers are handed out in order.
-A held device is a locked file `<uuid>.lock`. The kernel drops locks with their process, so whatever a killed process
-held is free at once, and a ticket that can be locked belongs to nobody. Every look and change happens under one lock
-on the file `queue`, for milliseconds.
+A held device is a locked file `<uuid>.lock`. A child that uses its parent's lease has a ticket of its own, which names
+the devices: they stay taken until both are gone. The kernel drops locks with their process: what a killed process held
+is free at once, and a ticket that can be locked belongs to nobody. Every look and change happens under one lock on the
+file `queue`, for milliseconds.
 """
 
 from __future__ import annotations
@@ -59,9 +60,12 @@ class Lock:
 
     def close(self) -> None:
         """Free the lock; in a forked child, whose copy is closed already, do nothing."""
-        if self.descriptor is not None:
-            os.close(self.descriptor)
-            self.descriptor = None
+        descriptor, self.descriptor = (
+            self.descriptor,
+            None,
+        )  # first: a signal's exception must not lead to a second close
+        if descriptor is not None:
+            os.close(descriptor)
             Lock._open.discard(self)
 
     @staticmethod
@@ -163,20 +167,39 @@ def folder() -> Path:
 def ask(place: Path, *, holder: str, gpus: int, candidates: Sequence[str], token: str) -> Ticket:
     """Queue up for `gpus` of the `candidates`."""
     with _queue(place) as counter:
-        number = 1 + max([_number(counter), *(int(path.name.split("-")[1]) for path in _ticket_files(place))])
-        os.pwrite(counter, b"%020d\n" % number, 0)
-        path = place / f"ticket-{number:020d}"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        os.fchmod(descriptor, 0o644)
-        lock = Lock(descriptor)
-        request = Request(number, os.getpid(), _user(), holder, gpus, tuple(candidates), token, time.time())
-        ticket = Ticket(path, lock, request)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            ticket.write()
-        except BaseException:
-            ticket.release()
-            raise
+        return _ticket(place, counter, holder=holder, gpus=gpus, candidates=tuple(candidates), token=token)
+
+
+def join(
+    place: Path, *, holder: str, gpus: int, token: str, choose: Callable[[Request], tuple[str, ...]]
+) -> tuple[Request, Ticket] | None:
+    """Use devices of the live lease that `token` names, those that `choose` takes of it; None where it has ended.
+
+    A ticket of our own keeps them from others when the lease's holder dies or gives them back before we do.
+    """
+    with _queue(place) as counter:
+        root = next((request for request in live_requests(place) if request.token == token and request.devices), None)
+        if root is None:
+            return None
+        devices = choose(root)
+        terms: dict[str, Any] = {"holder": holder, "gpus": gpus, "candidates": devices, "token": token}
+        return root, _ticket(place, counter, **terms, devices=devices, granted_s=time.time())
+
+
+def _ticket(place: Path, counter: int, **terms: Any) -> Ticket:
+    """A new ticket, under the queue's lock; `terms` of the Request besides number and owner."""
+    number = 1 + max([_number(counter), *(int(path.name.split("-")[1]) for path in _ticket_files(place))])
+    os.pwrite(counter, b"%020d\n" % number, 0)
+    path = place / f"ticket-{number:020d}"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    os.fchmod(descriptor, 0o644)
+    ticket = Ticket(path, Lock(descriptor), Request(number, os.getpid(), _user(), asked_s=time.time(), **terms))
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        ticket.write()
+    except BaseException:
+        ticket.release()
+        raise
     return ticket
 
 
@@ -242,6 +265,11 @@ def live_requests(place: Path) -> list[Request]:
             elif line := path.read_text(encoding="utf-8").partition("\n")[0]:
                 found.append(request_of(json.loads(line)))
     return found
+
+
+def holders(requests: Sequence[Request]) -> dict[str, Request]:
+    """Who holds each device: the lease itself, or where it has ended the first child that still uses it."""
+    return {uuid: request for request in reversed(requests) for uuid in request.devices}
 
 
 def request_of(raw: dict[str, Any]) -> Request:

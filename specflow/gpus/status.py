@@ -19,7 +19,7 @@ def status() -> dict[str, Any]:
         visible = set(nvml.visible_devices(devices, os.environ.get(leases.VISIBLE)))
     except NoGpus as error:
         return found | {"reason": str(error)}
-    holders = {uuid: request for request in requests for uuid in request.devices}
+    holders = queue.holders(requests)
     for device in devices:
         holder = holders.get(device.uuid)
         found["gpus"].append(

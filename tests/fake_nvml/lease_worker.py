@@ -2,7 +2,7 @@
 
 `lease_worker.py HOLDER GPUS HOLD_SECONDS LOG [MEMORY_GB]`: writes what it was given and what CUDA would see to LOG,
 one line when it holds the devices and one before it gives them back. HOLD_SECONDS may be a path:
-until it exists; or `fork`: a forked child then outlives the worker.
+until it exists; or `fork` or `nest`: a forked child then outlives the worker, with `nest` under its lease.
 """
 
 import json
@@ -31,15 +31,20 @@ def main() -> None:
             "devices": [device.uuid for device in lease.devices],
             "visible": os.environ["CUDA_VISIBLE_DEVICES"],
         }
-        if seconds == "fork" and (child := os.fork()) == 0:
+        forks = seconds in ("fork", "nest")
+        if forks and (child := os.fork()) == 0:
+            if seconds == "nest":
+                nested = leases.lease(Resources(1, declared=True), "bench@child")
+                nested.__enter__()  # until it is killed
+                append(Path(log), {"event": "nested"})
             time.sleep(30)
             os._exit(0)
-        append(Path(log), {"event": "hold", **line, "child": child if seconds == "fork" else None})
+        append(Path(log), {"event": "hold", **line, "child": child if forks else None})
         if seconds.startswith("/"):
             while not Path(seconds).exists():
                 time.sleep(0.02)
         else:
-            time.sleep(30 if seconds == "fork" else float(seconds))
+            time.sleep(30 if forks else float(seconds))
         append(Path(log), {"event": "free", **line})
 
 

@@ -1,10 +1,9 @@
-"""Real processes contending for fake devices: no double lease, first come first served, nothing lost by a kill."""
+"""Real processes with fake devices: first come first served, nothing lost by a kill. See attacks/leases.py too."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import stat
 import subprocess
@@ -20,6 +19,7 @@ import pytest
 from specflow.errors import UserError
 from specflow.gpus import leases, nvml, queue
 from specflow.gpus.resources import Resources
+from specflow.gpus.status import status
 from tests.fake_nvml import GB, Machine, gpu, wait_for
 
 
@@ -54,53 +54,6 @@ def waiting() -> list[str]:
 
 def needs(gpus: int, memory_gb: float | None = None) -> Resources:
     return Resources(gpus, memory_gb, declared=True)
-
-
-def test_contending_processes(machine: Machine, log: Path, started: list[subprocess.Popen[str]]) -> None:
-    """8 at a time, 1, 2 or 4 of 4 devices each, every fourth one killed at some moment, waiting or holding."""
-    rng = random.Random(0)
-    live: dict[subprocess.Popen[str], float | None] = {}
-    killed: set[int] = set()
-    total, begun, finished = 28, 0, 0
-    deadline = time.monotonic() + 90
-    while finished < total:
-        assert time.monotonic() < deadline, f"starved: {waiting()}, log {events(log)}"
-        while len(live) < 8 and begun < total:
-            count = (1, 2, 1, 4)[begun % 4]
-            process = machine.start(f"sample@f{begun}", count, round(rng.uniform(0.02, 0.3), 3), log)
-            started.append(process)
-            live[process] = time.monotonic() + rng.uniform(0.2, 1.5) if begun % 4 == rng.randrange(4) else None
-            begun += 1
-        for process, kill_at in list(live.items()):
-            if kill_at is not None and time.monotonic() > kill_at and process.poll() is None:
-                # Written before the kill: from here on the process may lose its devices, not earlier.
-                with log.open("a") as stream:
-                    stream.write(json.dumps({"event": "kill", "pid": process.pid}) + "\n")
-                process.kill()
-                process.wait()
-                killed.add(process.pid)
-            if process.poll() is not None:
-                del live[process]
-                finished += 1
-        time.sleep(0.01)
-    assert len(killed) >= 3
-    held: dict[str, int] = {}
-    for event in events(log):
-        if event["event"] == "hold":
-            assert not set(event["devices"]) & set(held), "a device leased twice"
-            held |= dict.fromkeys(event["devices"], event["pid"])
-        elif event["event"] == "free":
-            assert all(held.pop(uuid) == event["pid"] for uuid in event["devices"])
-        else:
-            held = {uuid: pid for uuid, pid in held.items() if pid != event["pid"]}
-    assert held == {}
-    grants = [event for event in events(log) if event["event"] == "hold"]
-    by_number = sorted(grants, key=lambda event: event["number"])
-    assert [event["granted_s"] for event in by_number] == sorted(event["granted_s"] for event in grants)
-    assert {process.pid for process in started} - killed <= {event["pid"] for event in grants}
-    assert queue.requests_now() == [] and not list(machine.leases.glob("ticket-*"))
-    with leases.lease(needs(4), "bench@last") as lease:
-        assert len(lease.devices) == 4
 
 
 def test_two_are_not_starved_by_ones(machine: Machine, log: Path, started: list[subprocess.Popen[str]]) -> None:
@@ -152,6 +105,33 @@ def test_a_killed_holder_frees_at_once(machine: Machine, log: Path, started: lis
     said = started[-1].stdout.read()
     assert f"sample@b waits for 1 GPU: GPU 0 held by train_offline@a (pid {first.pid}, " in said
     assert said.count("waits") == 1 and "sample@b runs on GPU 0 (Fake H100)" in said
+
+
+def test_a_child_that_outlives_its_parents_lease_keeps_the_device(
+    machine: Machine, log: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    """Also where NVML does not see it yet: the kill frees the parent's lock, and the child believes in the lease."""
+    machine.set([gpu(0)])
+    started.append(machine.start("train_offline@a", 1, "nest", log))
+    wait_for(lambda: len(events(log)) == 2)
+    child = next(event["child"] for event in events(log) if event["event"] == "hold")
+    place = queue.folder()
+    ticket = queue.ask(place, holder="sample@b", gpus=1, candidates=[gpu(0)["uuid"]], token="t")
+    try:
+        held = status_of(0)
+        assert held["holder"] == "train_offline@a", "the lease's holder is shown, not its child"
+        started[0].kill()
+        started[0].wait()
+        assert queue.attempt(place, ticket, lambda uuid: None).devices is None
+        assert (status_of(0)["holder"], status_of(0)["pid"]) == ("bench@child", child)
+    finally:
+        os.kill(child, signal.SIGKILL)
+    wait_for(lambda: queue.attempt(place, ticket, lambda uuid: None).devices is not None)
+    ticket.release()
+
+
+def status_of(device: int) -> dict[str, Any]:
+    return status()["gpus"][device]["lease"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -312,6 +292,25 @@ def test_the_folder_serves_every_user(machine: Machine, tmp_path: Path, monkeypa
     monkeypatch.setenv("SPECFLOW_LEASE_DIR", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"GPU leases cannot be kept in .*file.* set SPECFLOW_LEASE_DIR"):
         leases.lease(needs(1), "sample@a").__enter__()
+
+
+def test_a_lock_is_closed_once(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal's exception out of close() must not lead to a second one, whose number may be another lock's by then."""
+    lock = queue.Lock.take(machine.leases.parent / "x.lock")
+    assert lock is not None
+    real, closed = os.close, []
+
+    def interrupted(descriptor: int) -> None:
+        closed.append(descriptor)
+        real(descriptor)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lock.close()
+    lock.close()
+    monkeypatch.undo()
+    assert len(closed) == 1
 
 
 def test_a_device_locked_by_another_program_is_left_alone(machine: Machine) -> None:
