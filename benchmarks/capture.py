@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from specflow.config import load_params
-from specflow.extract.stage import SampleRow, capture, plan_batches, plan_shards, resolve_aux_layer_ids
+from specflow.extract.stage import SampleRow, capture, plan_batches, plan_shards
 from specflow.hidden_states import RowInfo, bytes_per_token
 from specflow.stage import family_paths
 from specflow.targets.attention import optimise_for_inference
-from specflow.targets.model import decoder_of, load_model, read_facts
+from specflow.targets.model import decoder_of, load_model, read_facts, resolve_aux_layer_ids
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specflow.errors import UserError
-from specflow.extract.capture import resolve_aux_layer_ids
 from specflow.extract.engine_files import scratch_folder, wait_until_written
 from specflow.extract.parked import ParkedStates
 from specflow.extract.stage import DISK_MARGIN
@@ -26,6 +25,7 @@ from specflow.extract.vllm_flags import Layers, check_settings, file_of, with_ca
 from specflow.hidden_states import bytes_per_token
 from specflow.serving.client import Client, Completion, Request
 from specflow.serving.engines import Install, Launch, find_install
+from specflow.targets.model import resolve_aux_layer_ids
 
 if TYPE_CHECKING:
     from specflow.config import Family, Serve

@@ -46,8 +46,6 @@ class Target(Source):
     """Path of a Jinja file to use instead of the tokenizer's own template."""
     template_options: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], bool | int | str] = {}
     """Variables that the template reads, such as enable_thinking; the server must be asked with the same ones."""
-    lm_head_key: str | None = None
-    """Tensor name of the output head where it cannot be deduced."""
     trust_remote_code: bool = False
 
 

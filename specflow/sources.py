@@ -30,7 +30,7 @@ _HF = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 _HF_FILE = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})/(?P<path>.+)")
 # What a transformers checkpoint needs; other weight formats of the same repository stay where they are.
 _MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-_NOT_MODEL_FILES = ["original/*", "onnx/*"]
+_NOT_MODEL_FILES = ["original/*", "onnx/*", "consolidated*"]
 
 
 def resolve(source: Source, cache: Path) -> Path:

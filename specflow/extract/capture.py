@@ -9,26 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from specflow.errors import UserError
-from specflow.hidden_states import LAYER_ID_CONVENTION, RowInfo
+from specflow.hidden_states import RowInfo
 from specflow.targets.attention import optimise_for_inference
 from specflow.targets.cached import capture_hooks
-from specflow.targets.model import TargetFacts, decoder_of
+from specflow.targets.model import decoder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from specflow.config import Extract
-
-
-def resolve_aux_layer_ids(facts: TargetFacts, settings: Extract) -> list[int]:
-    """Ascending layer ids to capture. Raises UserError for ids given twice, out of range, or none at all."""
-    given = facts.default_aux_layer_ids() if settings.aux_layer_ids is None else settings.aux_layer_ids
-    ids = sorted(set(given))
-    n = facts.num_hidden_layers
-    if not ids or len(ids) != len(given) or ids[-1] > n:
-        raise UserError(f"extract.aux_layer_ids is {given}: give distinct ids within 0..{n} ({LAYER_ID_CONVENTION})")
-    return ids
 
 
 @dataclass(frozen=True)

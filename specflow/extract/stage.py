@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from specflow.errors import UserError
 from specflow.extract import vllm
-from specflow.extract.capture import SampleRow, StateCapture, plan_batches, resolve_aux_layer_ids, select_rows
+from specflow.extract.capture import SampleRow, StateCapture, plan_batches, select_rows
 from specflow.extract.parked import ParkedStates
 from specflow.files import read_jsonl, sha256_file, sha256_json, write_json
 from specflow.hidden_states import (
@@ -34,7 +34,7 @@ from specflow.hidden_states import (
     bytes_per_token,
 )
 from specflow.sharding.shares import WHOLE, Share
-from specflow.targets.model import TargetFacts, load_model, read_facts
+from specflow.targets.model import TargetFacts, load_model, read_facts, resolve_aux_layer_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

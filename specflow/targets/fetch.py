@@ -7,31 +7,30 @@ later one needs the network.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specflow.config import Family, Params, Target
-from specflow.errors import UserError
+from specflow.errors import UserError, explained
 from specflow.files import atomic_path, sha256_json, write_json
 from specflow.paths import Paths
 from specflow.sources import digest_of, resolve
-from specflow.targets.model import TargetFacts, attention_of, load_tokenizer
+from specflow.targets.checkpoint import check_whole
+from specflow.targets.model import TargetFacts, load_tokenizer, resolve_aux_layer_ids
+from specflow.targets.supported import check_supported, quantisation, read_config, shape_facts
 from specflow.targets.template import end_of_turn
+from specflow.targets.weights import INDEX, SINGLE, read_json_object, stored_tensors, weight_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 logger = logging.getLogger("specflow")
-TESTED = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "olmo2", "olmo3", "phi3"}
-TESTED |= {"smollm3", "exaone4"}
-"""Model types whose every forward tests/unit/targets/test_architectures.py holds against plain transformers."""
 _GGUF_CONVERSION = 1
 """Raise when the conversion changes: part of the key of converted checkpoints."""
 _TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"}
 _TOKENIZER_FILES |= {"vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja"}
-_CONFIG_FILES = {"config.json", "generation_config.json", "model.safetensors.index.json"}
+_CONFIG_FILES = {"config.json", "generation_config.json"}
 
 
 def run(
@@ -40,6 +39,7 @@ def run(
     """Fetch target, data sources and prompt sets into the cache; write target.json."""
     folder = fetch_target(family.target, paths.cache)
     facts = read_checkpoint(family.target, folder, paths.cache)
+    check_family(family, facts, online=name in params.online)
     others = [resolve(source, paths.cache) for source in (*family.data.sources, *params.prompt_sets.values())]
     write_json(paths.target, facts.model_dump())
     return {
@@ -55,13 +55,41 @@ def _size(path: Path) -> int:
     )
 
 
+def check_family(family: Family, facts: TargetFacts, *, online: bool) -> None:
+    """Raise UserError for settings of later stages that this target rules out, before hours are spent on them."""
+    resolve_aux_layer_ids(facts, family.extract)
+    if (size := family.vocab.draft_vocab_size) > facts.vocab_size:
+        raise UserError(f"vocab.draft_vocab_size is {size}, more than the target's {facts.vocab_size} tokens: lower it")
+    if facts.quantisation is None:
+        return
+    here = [
+        f"{name}.engine transformers"
+        for name, settings in (("sample", family.sample), ("extract", family.extract))
+        if settings.engine == "transformers"
+    ]
+    here += ["train_online"] if online else []
+    if here:
+        raise UserError(
+            f"target is quantised ({facts.quantisation}), which runs through vLLM only, not in this process as by "
+            f"{' and '.join(here)}: set the engines to vllm and list the family in offline, or name the unquantised "
+            "checkpoint"
+        )
+    logger.warning(
+        "target is quantised (%s): stage bench, which runs it in its own process, will refuse it; `specflow "
+        "bench-served` measures it",
+        facts.quantisation,
+    )
+
+
 def fetch_target(target: Target, cache: Path) -> Path:
     """Folder of the target as a safetensors checkpoint."""
     path = resolve(target, cache)
     if path.is_dir():
-        if not (path / "config.json").exists():
+        if not (path / "config.json").is_file():
             raise UserError(f"{target.parts[0]} has no config.json: name the folder of a transformers checkpoint")
         return path
+    if not path.is_file():
+        raise UserError(f"{target.parts[0]} is neither a file nor a folder: name a checkpoint")
     with path.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise UserError(
@@ -79,14 +107,9 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
+    with explained(f"transformers cannot read {gguf.name}", "use a whole GGUF of an architecture that it supports"):
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    except (ValueError, RuntimeError, KeyError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"transformers cannot read {gguf.name} ({reason}): use a GGUF of an architecture it supports"
-        ) from None
     # The weights are plain float32 now; what says otherwise would make save_pretrained refuse.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
@@ -97,16 +120,17 @@ def _dequantise(gguf: Path, folder: Path) -> None:
 
 
 def read_checkpoint(target: Target, folder: Path, cache: Path) -> TargetFacts:
-    """Facts of the checkpoint in `folder`: shape from the config, tensors from the safetensors headers."""
-    from transformers import AutoConfig
+    """Facts of the checkpoint in `folder`, checked whole: weights by their headers, tokenizer and template by use.
 
-    if target.chat_template is not None and not Path(target.chat_template).is_file():
-        raise UserError(
-            f"target.chat_template {target.chat_template} does not exist: name a Jinja file of this project"
-        )
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=target.trust_remote_code)
+    Raises UserError for whatever would stop a later stage or make it wrong.
+    """
+    num_tensors = len(stored_tensors(folder))
+    trust = target.trust_remote_code
+    config = read_config(folder, trust_remote_code=trust, num_tensors=num_tensors)
     text = config.get_text_config()
-    check_supported(config, remote_code=target.trust_remote_code)
+    check_supported(config, remote_code=trust)
+    quantised = quantisation(config)
+    model = check_whole(folder, config, trust_remote_code=trust, quantised=quantised is not None)
     files = _digests(folder, cache)
     facts = TargetFacts(
         source=" + ".join(target.parts),
@@ -117,19 +141,18 @@ def read_checkpoint(target: Target, folder: Path, cache: Path) -> TargetFacts:
         tokenizer_digest=sha256_json({file: files[file] for file in files if file in _TOKENIZER_FILES}),
         template_digest="",
         architecture=(config.architectures or [type(text).__name__])[0],
-        **_tensor_facts(target, text, folder),
-        **_shape_facts(text),
+        **vars(model),
+        **shape_facts(text),
         eos_token_ids=[],
         dtype=target.dtype,
+        quantisation=quantised,
         chat_template=target.chat_template,
         template_options=target.template_options,
-        trust_remote_code=target.trust_remote_code,
+        trust_remote_code=trust,
     )
+    _check_tokenizer_files(folder)
     tokenizer = load_tokenizer(facts, cache)
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"tokenizer of {facts.source} has no tokenizer.json (fast form), which loss masks need: add one"
-        )
+    _check_tokenizer(tokenizer, facts)
     return facts.model_copy(
         update={
             "template_digest": sha256_json(tokenizer.chat_template),
@@ -138,71 +161,27 @@ def read_checkpoint(target: Target, folder: Path, cache: Path) -> TargetFacts:
     )
 
 
-def _tensor_facts(target: Target, text: PretrainedConfig, folder: Path) -> dict[str, Any]:
-    shapes = _tensor_shapes(folder)
-    embedding_key = _find_embedding(shapes, text, folder)
-    tied = bool(text.tie_word_embeddings)
-    return {
-        "num_parameters": sum(math.prod(shape) for shape in shapes.values()),
-        "tie_word_embeddings": tied,
-        "embedding_key": embedding_key,
-        "lm_head_key": _find_head(target, shapes, embedding_key, tied, folder),
-    }
+def _check_tokenizer_files(folder: Path) -> None:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise UserError(f"{folder} has no tokenizer (tokenizer.json): put the model's own there")
+    for name in sorted(_TOKENIZER_FILES):
+        if name.endswith(".json") and (folder / name).is_file():
+            read_json_object(folder / name)
 
 
-def _shape_facts(text: PretrainedConfig) -> dict[str, Any]:
-    """What a draft copies from the text decoder's config."""
-    return {
-        "model_type": text.model_type,
-        "num_hidden_layers": _setting(text, "num_hidden_layers"),
-        "hidden_size": _setting(text, "hidden_size"),
-        "intermediate_size": _setting(text, "intermediate_size"),
-        "num_attention_heads": _setting(text, "num_attention_heads"),
-        "num_key_value_heads": _setting(text, "num_key_value_heads", "num_attention_heads"),
-        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        "vocab_size": _setting(text, "vocab_size"),
-        "rms_norm_eps": _setting(text, "rms_norm_eps"),
-        "hidden_act": _setting(text, "hidden_act", "hidden_activation"),
-        "max_position_embeddings": _setting(text, "max_position_embeddings"),
-        "rope_parameters": _rope(text),
-    }
-
-
-def check_supported(config: PretrainedConfig, *, remote_code: bool = False) -> None:
-    """Raise UserError for a target that later stages would run wrongly or not at all.
-
-    Judged by what the config says, not by names: the draft's teacher is the head alone, attention is full or sliding
-    and runs in torch's fused kernel, angles do not change with the length. `sample` then holds its own forward against
-    transformers' on the real weights before it answers anything.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    text = config.get_text_config()
-    what = f"target of model type {text.model_type}"
-    for name in ("final_logit_softcapping", "attn_logit_softcapping"):
-        if getattr(text, name, None) is not None:
-            raise UserError(f"{what} caps its logits ({name}): not supported, use a target without")
-    for name in ("logit_scale", "logits_scaling"):
-        if getattr(text, name, None) not in (None, 1.0):
-            raise UserError(f"{what} scales its logits ({name} {getattr(text, name)}): not supported, use one without")
-    attention_of(text)
-    kind = _rope(text).get("rope_type", "default")
-    if kind in ("dynamic", "longrope"):
-        raise UserError(f"{what} uses RoPE type {kind!r}, whose angles change with the length: not supported")
-    if remote_code:
-        return
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"transformers has no causal language model of type {config.model_type}: use a decoder")
-    if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa:
-        raise UserError(f"{what} cannot run in torch's fused attention (sdpa): not supported, use another target")
-    if text.model_type not in TESTED:
-        logger.warning("%s is not among those that the tests compare with transformers; sample will check it", what)
-
-
-def _rope(text: PretrainedConfig) -> dict[str, Any]:
-    """RoPE parameters of the layers that see everything: the draft, one layer over the whole context, takes these."""
-    rope = dict(_setting(text, "rope_parameters"))
-    return dict(rope.get("full_attention", rope))
+def _check_tokenizer(tokenizer: Any, facts: TargetFacts) -> None:
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"tokenizer of {facts.source} has no tokenizer.json (fast form), which loss masks need: add one"
+        )
+    added = set(tokenizer.added_tokens_decoder)  # some have an id for images, which text never has, behind the table
+    largest = max(set(tokenizer.get_vocab().values()) - added, default=None)
+    if largest is None or largest >= facts.vocab_size:
+        got = "no tokens" if largest is None else f"tokens up to id {largest}"
+        raise UserError(
+            f"tokenizer of {facts.source} has {got}, the model's embedding {facts.vocab_size} rows: "
+            "put the model's own tokenizer in its folder"
+        )
 
 
 def _revision(target: Target, folder: Path, cache: Path) -> str:
@@ -213,67 +192,12 @@ def _revision(target: Target, folder: Path, cache: Path) -> str:
     return "local" if path.is_dir() else digest_of(path, cache)
 
 
-def _setting(config: PretrainedConfig, *names: str) -> Any:
-    """First of `names` that a config sets."""
-    for name in names:
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
-    raise UserError(
-        f"config of model type {config.model_type} has no {names[0]}: specflow drafts for decoders of the Llama kind"
-    )
-
-
-def _tensor_shapes(folder: Path) -> dict[str, list[int]]:
-    """Shapes of all tensors, read from the safetensors headers."""
-    from safetensors import safe_open
-
-    shapes: dict[str, list[int]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            shapes |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
-    if not shapes:
-        raise UserError(
-            f"{folder} has no safetensors weights: convert the checkpoint (save_pretrained of transformers does)"
-        )
-    return shapes
-
-
-def _find_embedding(shapes: dict[str, list[int]], config: PretrainedConfig, folder: Path) -> str:
-    table = [config.vocab_size, config.hidden_size]
-    endings = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
-    found = [key for key, shape in shapes.items() if key.endswith(endings) and shape == table]
-    if len(found) != 1:
-        raise UserError(
-            f"{folder} has {len(found)} embedding tables of shape {table} ({found}), expected one: not supported"
-        )
-    return found[0]
-
-
-def _find_head(target: Target, shapes: dict[str, list[int]], embedding_key: str, tied: bool, folder: Path) -> str:
-    """Name of the output head's tensor, [vocab_size, hidden_size]; the embedding's where the two are tied."""
-    table = shapes[embedding_key]
-    candidates = sorted(key for key, shape in shapes.items() if shape == table)
-    if (key := target.lm_head_key) is not None:
-        if shapes.get(key) != table:
-            raise UserError(
-                f"target.lm_head_key {key!r} is no tensor of shape {table} in {folder}: name one of {candidates}"
-            )
-        return key
-    if tied:
-        return embedding_key
-    found = [key for key in candidates if key.endswith(("lm_head.weight", "embed_out.weight"))]
-    if len(found) != 1:
-        raise UserError(
-            f"{folder} has {len(found)} output heads of shape {table}: set target.lm_head_key to one of {candidates}"
-        )
-    return found[0]
-
-
 def _digests(folder: Path, cache: Path) -> dict[str, str]:
-    """sha256 by file name of the weights, configs and tokenizer files."""
-    known = _TOKENIZER_FILES | _CONFIG_FILES
-    files = [file for file in sorted(folder.iterdir()) if file.suffix == ".safetensors" or file.name in known]
-    return {file.name: digest_of(file, cache) for file in files}
+    """sha256 by file name of the weights that are loaded, configs and tokenizer files."""
+    weights = {file.name for file in weight_files(folder)}
+    index = set() if weights == {SINGLE} else {INDEX}
+    names = weights | index | _TOKENIZER_FILES | _CONFIG_FILES
+    return {name: digest_of(folder / name, cache) for name in sorted(names) if (folder / name).is_file()}
 
 
 def _stop_ids(folder: Path, config: PretrainedConfig, tokenizer: Any) -> list[int]:
@@ -281,8 +205,16 @@ def _stop_ids(folder: Path, config: PretrainedConfig, tokenizer: Any) -> list[in
     from transformers import GenerationConfig
 
     stop = config.eos_token_id
-    if (folder / "generation_config.json").exists():
-        generation = GenerationConfig.from_pretrained(folder)
+    if (path := folder / "generation_config.json").is_file():
+        read_json_object(path)
+        with explained(f"transformers cannot read {path}", "correct it, or fetch it again"):
+            generation = GenerationConfig.from_pretrained(folder)
         stop = generation.eos_token_id if generation.eos_token_id is not None else stop
     ids = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id, end_of_turn(tokenizer)}
-    return sorted(ids - {None})
+    ids -= {None}
+    if wrong := [token for token in ids if type(token) is not int or not 0 <= token < config.vocab_size]:
+        raise UserError(
+            f"{folder} names {wrong[0]!r} as an end token (eos_token_id), the model has {config.vocab_size} tokens: "
+            "correct config.json, generation_config.json or the tokenizer"
+        )
+    return sorted(ids)

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from specflow.errors import UserError
+from specflow.errors import UserError, explained
 from specflow.files import read_json, sha256_json
+from specflow.targets.weights import read_tensor, stored_tensors
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from specflow.config import Extract
 
 
 class TargetFacts(BaseModel):
@@ -54,6 +57,8 @@ class TargetFacts(BaseModel):
     embedding_key: str
     eos_token_ids: list[int]
     dtype: str
+    quantisation: str | None = None
+    """How the weights are packed (fp8, compressed-tensors); such a target runs in vLLM only."""
     chat_template: str | None = None
     """Path of a template file that replaces the tokenizer's."""
     template_options: dict[str, bool | int | str] = {}
@@ -80,11 +85,32 @@ def read_facts(path: Path) -> TargetFacts:
     return TargetFacts.model_validate(read_json(path, what="target facts", made_by="specflow fetch <family>"))
 
 
+def resolve_aux_layer_ids(facts: TargetFacts, settings: Extract) -> list[int]:
+    """Ascending layer ids to capture. Raises UserError for ids given twice, out of range, or none at all."""
+    given = facts.default_aux_layer_ids() if settings.aux_layer_ids is None else settings.aux_layer_ids
+    ids = sorted(set(given))
+    n = facts.num_hidden_layers
+    if not ids or len(ids) != len(given) or ids[-1] > n:
+        raise UserError(
+            f"extract.aux_layer_ids is {given}: give distinct ids within 0..{n} "
+            "(residual after k layers, 0 = embeddings)"
+        )
+    return ids
+
+
 def load_model(facts: TargetFacts, cache: Path, *, device: str = "cpu") -> PreTrainedModel:
-    """Load the target in its dtype, in eval mode, gradients off. Device "auto": its layers over all visible GPUs."""
+    """Load the target in its dtype, in eval mode, gradients off. Device "auto": its layers over all visible GPUs.
+
+    Raises UserError for a quantised target.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
+    if facts.quantisation is not None:
+        raise UserError(
+            f"target {facts.source} is quantised ({facts.quantisation}), which runs through vLLM only: set the engines "
+            "of sample and extract to vllm, measure with `specflow bench-served`, or name the unquantised checkpoint"
+        )
     spread: dict[str, Any] = {"device_map": "balanced"} if device == "auto" else {}
     model = AutoModelForCausalLM.from_pretrained(
         facts.path(cache),
@@ -100,13 +126,11 @@ def load_tokenizer(facts: TargetFacts, cache: Path) -> PreTrainedTokenizerBase:
     """The target's tokenizer, with the family's chat template where it names one. Raises UserError without any."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(facts.path(cache), trust_remote_code=facts.trust_remote_code)
-    if facts.chat_template is not None:
-        tokenizer.chat_template = Path(facts.chat_template).read_text(encoding="utf-8")
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"tokenizer of {facts.source} has no chat template: name a Jinja file in this family's target.chat_template"
-        )
+    folder = facts.path(cache)
+    cure = "put the model's tokenizer files there, whole and in UTF-8"
+    with explained(f"transformers cannot load the tokenizer in {folder}", cure):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=facts.trust_remote_code)
+    tokenizer.chat_template = _template_of(tokenizer, facts)
     if facts.template_options:  # set in the template itself: all who render it, and its digest, see the same
         options = "".join(f"{{%- set {k} = {json.dumps(v)} -%}}" for k, v in facts.template_options.items())
         tokenizer.chat_template = options + tokenizer.chat_template
@@ -117,35 +141,47 @@ def load_tokenizer(facts: TargetFacts, cache: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _template_of(tokenizer: PreTrainedTokenizerBase, facts: TargetFacts) -> str:
+    """The family's own template or the tokenizer's, of several named ones that called default, as servers take it."""
+    if facts.chat_template is not None:
+        path = Path(facts.chat_template)
+        if not path.is_file():
+            raise UserError(f"target.chat_template {path} does not exist: name a Jinja file of this project")
+        try:
+            return path.read_text(encoding="utf-8-sig")  # a mark at the start would begin every prompt
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"target.chat_template {path} is not UTF-8 text ({error.reason} at byte {error.start}): "
+                "save it as UTF-8"
+            ) from None
+    template: Any = tokenizer.chat_template
+    if isinstance(template, dict) and template and "default" not in template:
+        raise UserError(
+            f"tokenizer of {facts.source} has chat templates {sorted(template)} and none called default: name a Jinja "
+            "file in this family's target.chat_template"
+        )
+    if isinstance(template, dict):
+        template = template.get("default")
+    if template is None:
+        raise UserError(
+            f"tokenizer of {facts.source} has no chat template: name a Jinja file in this family's target.chat_template"
+        )
+    if not isinstance(template, str):
+        raise UserError(
+            f"tokenizer of {facts.source} has {type(template).__name__} for a chat template, expected text: name a "
+            "Jinja file in this family's target.chat_template"
+        )
+    return template.removeprefix("\ufeff")
+
+
 def load_tensor(facts: TargetFacts, cache: Path, key: str) -> torch.Tensor:
     """One tensor of the checkpoint, single-file or sharded, without loading the rest. Dtype as stored."""
-    from safetensors import safe_open
-
-    folder = facts.path(cache)
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = json.loads(index.read_text())["weight_map"]
-        if key not in weight_map:
-            raise UserError(f"{folder} has no tensor {key!r}: set target.lm_head_key to one of its tensors")
-        file = folder / weight_map[key]
-    else:
-        file = folder / "model.safetensors"
-    with safe_open(file, framework="pt") as tensors:
-        if key not in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-            raise UserError(f"{file} has no tensor {key!r}: set target.lm_head_key to one of its tensors")
-        return tensors.get_tensor(key)
+    return read_tensor(facts.path(cache), key)
 
 
 def tensor_names(facts: TargetFacts, cache: Path) -> list[str]:
     """Names of all tensors of the checkpoint, from the headers alone."""
-    from safetensors import safe_open
-
-    folder = facts.path(cache)
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return list(json.loads(index.read_text())["weight_map"])
-    with safe_open(folder / "model.safetensors", framework="pt") as tensors:
-        return list(tensors.keys())
+    return list(stored_tensors(facts.path(cache)))
 
 
 def load_lm_head(facts: TargetFacts, cache: Path) -> torch.Tensor:

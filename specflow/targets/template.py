@@ -7,6 +7,11 @@ right behind it.
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -26,6 +31,9 @@ _OURS = ("tools", "train")
 """Keys of a message that are no business of the template's."""
 _MARK = "\ue000answer\ue000"  # private-use characters: in no answer and nothing that a template trims
 
+MOST_SECONDS = 10.0
+"""For rendering two short messages, which takes milliseconds."""
+
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool) -> str:
     """Text of a conversation under the chat template. Raises UserError where the template refuses it."""
@@ -35,11 +43,19 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_gene
         return tokenizer.apply_chat_template(
             shown, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except jinja2.TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
+    except UserError:
+        raise
+    except jinja2.TemplateSyntaxError as error:
         raise UserError(
-            f"the chat template refuses a conversation of roles [{roles}] ({' '.join(str(error).split())}): "
-            "drop such conversations, or name another template in target.chat_template"
+            f"the chat template is no valid Jinja (line {error.lineno}: {error.message}): correct it, or name another "
+            "in target.chat_template"
+        ) from None
+    except Exception as error:  # a template is a program: it may divide by zero, recurse for ever, add text to numbers
+        roles = ", ".join(message["role"] for message in messages)
+        kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
+        raise UserError(
+            f"the chat template refuses a conversation of roles [{roles}] ({kind}{' '.join(str(error).split())[:300]}"
+            "): drop such conversations, or name another template in target.chat_template"
         ) from None
 
 
@@ -86,10 +102,12 @@ def _answer_range(
     marked = [*messages[:index], {"role": "assistant", "content": _MARK}, *messages[index + 1 :]]
     before, mark, behind = render(tokenizer, marked, add_generation_prompt=False).partition(_MARK)
     prompt = render(tokenizer, messages[:index], add_generation_prompt=True)
+    if not mark:
+        raise UserError("the chat template leaves answers out of a conversation: name another in target.chat_template")
     end = len(text) - len(behind)
     # Where the generation prompt opens a block that history lacks, the answer starts behind its bare header.
     start = len(prompt) if text.startswith(prompt) else len(before) if text.startswith(before) else end + 1
-    if not mark or not text.endswith(behind) or start > end:
+    if not text.endswith(behind) or start > end:
         raise UserError(
             f"cannot locate the answer {messages[index]['content'][:40]!r} in the chat template's output, "
             "which changes other turns with it: use a template that does not (target.chat_template)"
@@ -126,11 +144,43 @@ def shown_parts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Id of the special token that the template puts behind an answer, None where it puts none."""
+    """Id of the special token that the template puts behind an answer, None where it puts none.
+
+    Raises UserError for a template that shows no question or no answer, or does not end within a few seconds.
+    """
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    token_ids, spans = encode_conversation(tokenizer, messages)
+    with _time_limit(MOST_SECONDS):
+        token_ids, spans = encode_conversation(tokenizer, messages)
+        prompt = render(tokenizer, messages[:1], add_generation_prompt=True)
+    if not spans or messages[0]["content"] not in prompt:
+        raise UserError(
+            f"the chat template does not show the {'question' if spans else 'answer'} of a conversation: name another "
+            "in target.chat_template"
+        )
     last = token_ids[spans[0][1] - 1]
     return last if tokenizer.decode([last]) in special_tokens(tokenizer) else None
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise UserError where a template runs longer. Only the main thread can be interrupted; elsewhere no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        raise UserError(
+            f"the chat template is not done with a conversation of two messages after {seconds:g} s: name another in "
+            "target.chat_template"
+        )
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def next_turn_suffix(

@@ -9,11 +9,17 @@ import torch
 
 from specflow.config import Family, Params
 from specflow.drafters.eagle3 import Eagle3Draft, save_draft
-from specflow.extract.capture import resolve_aux_layer_ids
 from specflow.files import read_jsonl, sha256_file, sha256_json, write_json
 from specflow.hidden_states import Expected, HiddenStateStore
 from specflow.paths import Log, Paths
-from specflow.targets.model import TargetFacts, load_embedding, load_lm_head, load_model, read_facts
+from specflow.targets.model import (
+    TargetFacts,
+    load_embedding,
+    load_lm_head,
+    load_model,
+    read_facts,
+    resolve_aux_layer_ids,
+)
 from specflow.training.checkpoint import Checkpoints, Progress
 from specflow.training.features import Features, LiveFeatures, StoredFeatures
 from specflow.training.initial import initial_draft

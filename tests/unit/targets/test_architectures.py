@@ -19,7 +19,7 @@ from specflow.extract.stage import StateCapture
 from specflow.sample.generation import optimised_and_checked
 from specflow.targets.attention import optimise_for_inference
 from specflow.targets.cached import CachedTarget
-from specflow.targets.fetch import TESTED, check_supported
+from specflow.targets.supported import TESTED, check_supported
 
 VOCAB, WINDOW = 97, 8
 LENGTHS = [37, 5, 23]

@@ -31,6 +31,7 @@ def test_stage_writes_facts_and_counts_bytes(tmp_path: Path) -> None:
             "families": {
                 "tiny": {
                     "target": {"source": f"file:{folder}"},
+                    "vocab": {"draft_vocab_size": 128},
                     "data": {
                         "sources": [{"source": f"file:{data}"}],
                         "train_conversations": 1,
@@ -67,14 +68,6 @@ def test_sharded_equals_single_file(tmp_path: Path, tied: bool) -> None:
     cache = tmp_path / "cache"
     assert torch.equal(load_lm_head(one, cache), load_lm_head(many, cache))
     assert torch.equal(load_embedding(one, cache), load_embedding(many, cache))
-
-
-def test_lm_head_key_overrides_and_is_checked(tmp_path: Path) -> None:
-    folder = make_tiny_target(tmp_path / "tiny")
-    facts = facts_of(folder, tmp_path, lm_head_key="model.embed_tokens.weight")
-    assert facts.lm_head_key == "model.embed_tokens.weight"
-    with pytest.raises(UserError, match=r"name one of \['lm_head.weight', 'model.embed_tokens.weight'\]"):
-        facts_of(folder, tmp_path, lm_head_key="model.norm.weight")
 
 
 def test_text_config_of_a_nested_architecture(tmp_path: Path) -> None:
