@@ -8,6 +8,7 @@ stash of its own. Needs what pyproject.toml pins of DVC.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import uuid
 
@@ -23,6 +24,17 @@ def own_queue(experiments: Experiments) -> TempDirQueue:
     return TempDirQueue(experiments.repo, OWN_STASH)
 
 
+def missing_identity() -> str:
+    """What git lacks to commit an experiment, as one line; empty where it lacks nothing."""
+    for key in ("user.name", "user.email"):
+        done = subprocess.run(["git", "config", "--get", key], capture_output=True, text=True, check=False)
+        if not done.stdout.strip():
+            return f"an experiment is a git commit and git has no {key}: run `git config --global {key} ...` first"
+    return ""
+
+
 if __name__ == "__main__":
+    if said := missing_identity():
+        sys.exit(f"specflow: {said}")
     Experiments.tempdir_queue = property(own_queue)
     sys.exit(main(["--wait-for-lock", "exp", "run", "--temp", *sys.argv[1:]]))  # waits as `plan.dvc_command` does

@@ -84,6 +84,16 @@ def add_family(recipe: Path | None, name: str | None, accept_terms: bool, list_t
         click.echo(line)
 
 
+@cli.command()
+@click.argument("family")
+@params_option
+def inputs(family: str, params_path: Path) -> None:
+    """Note the digests of what FAMILY reads from outside the project, so that `dvc repro` sees what changed."""
+    from specflow.stage import run_inputs
+
+    run_inputs(family, params_path)
+
+
 def _add_stage(stage: str, summary: str) -> None:
     @cli.command(stage, help=summary)
     @click.argument("family")
@@ -282,11 +292,12 @@ def bench_served(family: str, params_path: Path, **options: Any) -> None:
 def doctor(params_path: Path) -> None:
     """Say which engines work on this machine, with versions, and what is missing."""
     from specflow.config import load_params
+    from specflow.paths import outside
     from specflow.serving.doctor import findings
 
     params = load_params(params_path)
     serves = {name: family.serve for name, family in params.families.items()}
-    for line in findings(Path(params.cache_dir).expanduser(), serves):
+    for line in findings(outside(params.cache_dir), serves):
         click.echo(line)
 
 

@@ -136,9 +136,7 @@ class Train(Section):
     EAGLE's own trainer (export/imports.py).
     """
     init_from_sha256: str | None = None
-    """Digest of that folder's weights file, verified. DVC sees the name of the folder alone: with the digest, other
-    weights at the same place are another parameter.
-    """
+    """Digest of that folder's weights file, verified: for a draft that must be this one and no other."""
     intermediate_size: Count | None = None
     """Width of the draft's MLP; default the target's."""
     epochs: Annotated[int, Field(ge=0)] = 2

@@ -29,6 +29,20 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def digest_of(path: Path, cache: Path) -> str:
+    """sha256 of a file, remembered in `cache` until its size or one of its times (of content, of inode) changes."""
+    path, stat = path.resolve(), path.stat()
+    known = cache / "digests" / f"{sha256_bytes(str(path).encode())[:32]}.json"
+    stamp = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
+    if known.exists():
+        entry = json.loads(known.read_text(encoding="utf-8"))
+        if {key: entry.get(key) for key in stamp} == stamp:
+            return str(entry["sha256"])
+    digest = sha256_file(path)
+    write_json(known, {**stamp, "sha256": digest})
+    return digest
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` (a file or folder to create) that takes its name only on success."""

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from specflow.errors import UserError
+
 Log = Callable[[dict[str, float], int], None]
 """How a stage reports points of a curve: (values, step)."""
 
@@ -26,6 +28,10 @@ class Paths:
     @property
     def target(self) -> Path:
         return self.base / "target.json"
+
+    def inputs(self, stage: str) -> Path:
+        """Digests of what `stage` reads from outside the project."""
+        return self.base / "inputs" / f"{stage}.json"
 
     @property
     def prompts(self) -> Path:
@@ -91,3 +97,16 @@ def project_home(root: Path) -> Path:
         if parts[index : index + 3] == (".dvc", "tmp", "exps"):
             return Path(*parts[:index])
     return root
+
+
+def outside(reference: str) -> Path:
+    """A path that params.yaml names: `~` expanded, a relative one below the project's home.
+
+    A queued experiment runs in a copy of the project that lacks what git ignores; its inputs are those of the home.
+    Raises UserError where `~user` is nobody.
+    """
+    try:
+        path = Path(reference).expanduser()
+    except RuntimeError:
+        raise UserError(f"{reference}: this machine has no home folder of that name, write the path out") from None
+    return path if path.is_absolute() else project_home(Path()) / path

@@ -27,7 +27,8 @@ def init_project(root: Path, params_path: Path) -> list[str]:
     if dvc is None:
         raise UserError("no `dvc` on the PATH: activate the environment that specflow is installed in")
     if not (root / ".dvc").is_dir():
-        _run([dvc, "init", "--quiet"], root)
+        below = [] if (root / ".git").exists() else ["--subdir"]  # of the repository: DVC's own root is the project
+        _run([dvc, "init", *below], root)
     config = (root / ".dvc" / "config").read_text(encoding="utf-8")
     for key, value in DVC_SETTINGS.items():
         if f"{key.partition('.')[2]} = {value}" not in config:
@@ -62,7 +63,8 @@ def _prefect_objects(root: Path) -> list[str]:
 def _run(command: list[str], root: Path) -> None:
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise UserError(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())}")
+        said = " ".join((done.stderr or done.stdout).split())
+        raise UserError(f"`{' '.join(command)}` failed: {said or f'exit code {done.returncode}'}")
 
 
 def sync_mlflow(params_path: Path) -> list[str]:

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from specflow.config import Source, Target
 from specflow.errors import UserError
-from specflow.files import atomic_path, sha256_bytes, sha256_file, sha256_json, write_json
+from specflow.files import atomic_path, digest_of, sha256_file, sha256_json, write_json
+from specflow.paths import outside
 
 _PYPI = re.compile(r"(?P<package>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.!+_-]+)/(?P<path>.+)")
 _HF = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
@@ -48,20 +49,6 @@ def resolve(source: Source, cache: Path) -> Path:
     return _resolve_joined(source, cache)
 
 
-def digest_of(path: Path, cache: Path) -> str:
-    """sha256 of a file, remembered in the cache while its size and modification time stay the same."""
-    path, stat = path.resolve(), path.stat()
-    known = cache / "digests" / f"{sha256_bytes(str(path).encode())[:32]}.json"
-    stamp = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    if known.exists():
-        entry = json.loads(known.read_text(encoding="utf-8"))
-        if {key: entry.get(key) for key in stamp} == stamp:
-            return str(entry["sha256"])
-    digest = sha256_file(path)
-    write_json(known, {**stamp, "sha256": digest})
-    return digest
-
-
 def open_binary(path: Path) -> BinaryIO:
     """Open a file for reading, decompressed where it is gzip by its first two bytes."""
     with path.open("rb") as stream:
@@ -70,7 +57,7 @@ def open_binary(path: Path) -> BinaryIO:
 
 
 def _resolve_file(reference: str, sha256: str | None, cache: Path) -> Path:
-    path = Path(reference).expanduser()
+    path = outside(reference)
     if not path.exists():
         raise UserError(f"file:{reference} does not exist: check the path (relative paths start at the project folder)")
     if sha256 is not None:
@@ -177,7 +164,7 @@ def _resolve_hub(source: Source, reference: str, cache: Path) -> Path:
     """Snapshot folder of a model (for a Target) or data set repository at one commit."""
     one_file = None if isinstance(source, Target) else _HF_FILE.fullmatch(reference)
     match = one_file or _HF.fullmatch(reference)
-    if match is None:
+    if match is None or ".." in re.split("[/@]", reference):
         raise UserError(
             f"source 'hf:{reference}' is not of the form hf:org/name@revision: add the revision (a commit or tag)"
         )
@@ -192,32 +179,45 @@ def _resolve_hub(source: Source, reference: str, cache: Path) -> Path:
         if (folder / inside).exists():
             return folder / inside
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = {"allow_patterns": _MODEL_FILES, "ignore_patterns": _NOT_MODEL_FILES} if kind == "model" else {}
     if isinstance(source, Target) and source.trust_remote_code:
         patterns["allow_patterns"] = [*_MODEL_FILES, "*.py"]
     if one_file:
         patterns = {"allow_patterns": [inside]}
+    where = _users_cache(kind, match["name"], match["revision"]) or cache / "hub"
+    asked = {"repo_type": kind, "revision": match["revision"], "cache_dir": where, **patterns}
     try:
-        folder = Path(
-            snapshot_download(
-                match["name"], repo_type=kind, revision=match["revision"], cache_dir=cache / "hub", **patterns
-            )
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        try:
+            folder = Path(snapshot_download(match["name"], **asked))
+        except PermissionError:  # somebody else's cache, which can be read: what is there has to do
+            folder = Path(snapshot_download(match["name"], **asked, local_files_only=True))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"cannot fetch {kind} hf:{reference} ({reason}): check name, revision, access and network"
         ) from None
     if not (folder / inside).exists():
         raise UserError(f"hf:{reference}: the data set has no {inside!r} at that commit: correct the path")
-    write_json(
-        finished,
-        {
-            "source": f"hf:{reference}",
-            "commit": folder.name,
-            "folder": str(folder.resolve().relative_to((cache / "hub").resolve())),
-        },
-    )
+    own, found = (cache / "hub").resolve(), folder.resolve()
+    place = found.relative_to(own) if found.is_relative_to(own) else found
+    write_json(finished, {"source": f"hf:{reference}", "commit": folder.name, "folder": str(place)})
     return folder / inside
+
+
+def _users_cache(kind: str, name: str, revision: str) -> Path | None:
+    """The Hugging Face cache (HF_HOME, HF_HUB_CACHE) where it has something of that revision: used in place, and where
+    there is a network completed there, so that no weights are fetched or kept twice.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    cache = Path(constants.HF_HUB_CACHE)
+    folder = cache / repo_folder_name(repo_id=name, repo_type=kind)
+    try:
+        ref = folder / "refs" / revision
+        commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
+        return cache if any((folder / "snapshots" / commit).iterdir()) else None
+    except (OSError, ValueError):
+        return None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -15,12 +16,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from specflow import files
+from specflow import files, inputs
 from specflow.config import Family, Params, load_params
 from specflow.errors import RetryableError, UserError
 from specflow.gpus import leases
 from specflow.gpus.resources import stage_resources
-from specflow.paths import Paths
+from specflow.paths import Paths, outside
 from specflow.sharding import launch
 from specflow.sharding.shares import Share
 
@@ -69,6 +70,10 @@ def run_stage(stage: str, name: str, params_path: Path, *, parent_run_id: str | 
     family = params.family(name)
     check_listed(stage, name, params)
     configure_logging()
+    check_cache(paths.cache)
+    found = inputs.of_family(name, family, params, paths) if stage == "fetch" else {}
+    if stage != "fetch":
+        inputs.check_unchanged(stage, name, family, params, paths)
     resources = launch.split(stage, name, stage_resources(paths.root, stage, family))
     with leases.lease(launch.own_devices(resources), f"{stage}@{name}", allow_cpu=family.allow_cpu) as lease:
         from specflow.tracking import record
@@ -80,12 +85,33 @@ def run_stage(stage: str, name: str, params_path: Path, *, parent_run_id: str | 
             started = time.perf_counter()
             with _out_of_memory_explained(stage, name, family, lease):
                 metrics: dict[str, float] = run_function(name, family, params, paths, run.log)
+            inputs.write(found, paths)  # of a fetch by hand, where `specflow inputs` has not
             metrics = {**metrics, **lease.cost()}
             metrics.setdefault("seconds", time.perf_counter() - started)
             files.write_json(paths.metrics(stage), metrics)
             run.finish(metrics)
     logger.info("%s@%s done in %.1f s", stage, name, metrics["seconds"])
     return metrics
+
+
+def run_inputs(name: str, params_path: Path) -> None:
+    """Bring the digests of what family `name` reads from outside up to date; no devices, no tracked run."""
+    params, paths = load_project(params_path, name)
+    family = params.family(name)
+    check_listed("inputs", name, params)
+    configure_logging()
+    check_cache(paths.cache)
+    changed = inputs.write(inputs.of_family(name, family, params, paths), paths)
+    logger.info("inputs@%s: %s", name, f"changed for {', '.join(changed)}" if changed else "as they were")
+
+
+def inputs_are_current(name: str, params_path: Path) -> bool:
+    """Whether `run_inputs` would change nothing; an error is its to raise, in the stage's own name."""
+    try:
+        params, paths = load_project(params_path, name)
+        return inputs.are_current(inputs.of_family(name, params.family(name), params, paths), paths)
+    except UserError:
+        return False
 
 
 def run_share(stage: str, name: str, params_path: Path, share: Share, *, first: bool = False) -> dict[str, float]:
@@ -97,6 +123,7 @@ def run_share(stage: str, name: str, params_path: Path, share: Share, *, first: 
     family = params.family(name)
     check_listed(stage, name, params)
     configure_logging()
+    inputs.check_unchanged(stage, name, family, params, paths)
     resources = stage_resources(paths.root, stage, family)
     with leases.lease(resources, f"{stage}@{name}", allow_cpu=family.allow_cpu) as lease:
         run_function = _load(STAGES[stage][0], "run_first" if first else "run_share")
@@ -166,7 +193,21 @@ def load_project(params_path: Path, name: str) -> tuple[Params, Paths]:
 
 
 def family_paths(name: str, params: Params) -> Paths:
-    return Paths(root=Path(), family=name, cache=Path(params.cache_dir).expanduser())
+    return Paths(root=Path(), family=name, cache=outside(params.cache_dir))
+
+
+def check_cache(cache: Path) -> None:
+    """Make the cache folder. Raises UserError where that cannot be, before anything is fetched or computed."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        usable, reason = os.access(cache, os.W_OK | os.X_OK), "no right to write"
+    except OSError as error:
+        usable, reason = False, error.strerror or str(error)
+    if not usable:
+        raise UserError(
+            f"the cache folder {cache} cannot be used ({reason}): set cache_dir in params.yaml to a folder that you "
+            "can write, on a disk with room for the models"
+        )
 
 
 def listed_families(params: Params) -> list[str]:

@@ -18,9 +18,9 @@ from specflow.bench.identity import draft_digest
 from specflow.config import Family, Params, Target
 from specflow.config_bench import HELDOUT, Bench
 from specflow.errors import UserError
-from specflow.paths import Paths
+from specflow.paths import Paths, outside
 from specflow.schema import Section
-from specflow.sources import digest_of, resolve
+from specflow.sources import resolve
 from specflow.targets.model import TargetFacts, read_facts
 
 Mode = Literal["both", "baseline", "draft"]
@@ -121,20 +121,22 @@ def assistant_folder(bench: Bench, cache: Path) -> Path | None:
     """Folder of the independent draft model: a path, or a source as in target.source."""
     if bench.assistant is None:
         return None
-    folder = Path(bench.assistant).expanduser()
+    folder = outside(bench.assistant)
     return folder if folder.is_dir() else resolve(Target(source=bench.assistant), cache)
 
 
 def with_digests(job: Job) -> Job:
     """The job with the digests of its files, by which a resumed one is known to be the same."""
-    found = {f"prompts.{name}": digest_of(path, job.cache) for name, path in job.prompts.items() if path.is_file()}
+    found = {
+        f"prompts.{name}": files.digest_of(path, job.cache) for name, path in job.prompts.items() if path.is_file()
+    }
     if job.heldout is not None and job.heldout.exists():
         found["heldout"] = files.sha256_file(job.heldout)
     if job.draft is not None:
         found["draft"] = draft_digest(job.draft)
     if job.assistant is not None:
         parts = sorted([*job.assistant.glob("*.safetensors"), *job.assistant.glob("*.json")])
-        found["assistant"] = files.sha256_json({part.name: digest_of(part, job.cache) for part in parts})
+        found["assistant"] = files.sha256_json({part.name: files.digest_of(part, job.cache) for part in parts})
     return job.model_copy(update={"digests": found})
 
 

@@ -15,7 +15,7 @@ from specflow.config import Family, Params, Target, load_params
 from specflow.config_bench import HELDOUT, Bench, DynamicTree
 from specflow.errors import UserError
 from specflow.gpus.nvml import has_gpus
-from specflow.paths import Paths
+from specflow.paths import Paths, outside
 from specflow.sources import resolve
 from specflow.stage import family_paths
 from specflow.targets.model import TargetFacts, read_facts
@@ -80,7 +80,7 @@ def make_job(family: str | None, params_path: Path, folder: Path, options: Mappi
 def _project(family: str | None, params_path: Path) -> _Project:
     if family is None and not params_path.exists():
         default = str(Params.model_fields["cache_dir"].default)
-        return _Project(None, None, None, Path(default).expanduser())
+        return _Project(None, None, None, outside(default))
     params = load_params(params_path)
     if family is not None:
         params.family(family)

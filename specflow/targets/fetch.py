@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from specflow.config import Family, Params, Target
 from specflow.errors import UserError, explained
-from specflow.files import atomic_path, sha256_json, write_json
+from specflow.files import atomic_path, digest_of, sha256_json, write_json
 from specflow.paths import Paths
-from specflow.sources import digest_of, resolve
+from specflow.sources import resolve
 from specflow.targets.checkpoint import check_whole
+from specflow.targets.date import ASKS_DATE, FIXED_DATE
 from specflow.targets.model import TargetFacts, load_tokenizer, resolve_aux_layer_ids
 from specflow.targets.supported import check_supported, quantisation, read_config, shape_facts
 from specflow.targets.template import end_of_turn
@@ -156,6 +157,7 @@ def read_checkpoint(target: Target, folder: Path, cache: Path) -> TargetFacts:
     return facts.model_copy(
         update={
             "template_digest": sha256_json(tokenizer.chat_template),
+            "template_date": FIXED_DATE if ASKS_DATE in tokenizer.chat_template else None,
             "eos_token_ids": _stop_ids(folder, text, tokenizer),
         }
     )

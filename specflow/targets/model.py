@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from specflow.errors import UserError, explained
-from specflow.files import read_json, sha256_json
+from specflow.files import digest_of, read_json, sha256_json
+from specflow.paths import outside
+from specflow.targets.date import with_fixed_date
 from specflow.targets.weights import read_tensor, stored_tensors
 
 if TYPE_CHECKING:
@@ -62,6 +64,8 @@ class TargetFacts(BaseModel):
     chat_template: str | None = None
     """Path of a template file that replaces the tokenizer's."""
     template_options: dict[str, bool | int | str] = {}
+    template_date: str | None = None
+    """What a template that prints today's date prints instead (date.py); None where it prints none."""
     trust_remote_code: bool = False
 
     def path(self, cache: Path) -> Path:
@@ -70,6 +74,7 @@ class TargetFacts(BaseModel):
             raise UserError(
                 f"target folder {folder} is gone from the cache: run `dvc repro -f fetch@<family>` to fetch it"
             )
+        check_unchanged(self, cache)
         return folder
 
     def default_aux_layer_ids(self) -> list[int]:
@@ -79,6 +84,21 @@ class TargetFacts(BaseModel):
         n = self.num_hidden_layers
         ids = sorted({min(2, n), n // 2, max(n - 3, 0)})
         return ids if len(ids) == 3 else list(range(max(n - 2, 0), n + 1))[-3:]
+
+
+def check_unchanged(facts: TargetFacts, cache: Path) -> None:
+    """Raise UserError naming the first file of the target that is not, or no longer, the one that `fetch` recorded.
+
+    Cheap where nothing changed: digests are remembered by size and times.
+    """
+    for name, digest in facts.files.items():
+        file = cache / facts.folder / name
+        if not file.is_file():
+            raise UserError(f"target file {file} is gone since it was fetched: run `dvc repro`, or put it back")
+        if digest_of(file, cache) != digest:
+            raise UserError(
+                f"target file {file} changed since it was fetched: run `dvc repro`, which takes what is there now"
+            )
 
 
 def read_facts(path: Path) -> TargetFacts:
@@ -134,6 +154,7 @@ def load_tokenizer(facts: TargetFacts, cache: Path) -> PreTrainedTokenizerBase:
     if facts.template_options:  # set in the template itself: all who render it, and its digest, see the same
         options = "".join(f"{{%- set {k} = {json.dumps(v)} -%}}" for k, v in facts.template_options.items())
         tokenizer.chat_template = options + tokenizer.chat_template
+    tokenizer.chat_template = with_fixed_date(tokenizer.chat_template)
     if facts.template_digest not in ("", sha256_json(tokenizer.chat_template)):  # fetch itself does not know it yet
         raise UserError(
             f"the chat template of {facts.source} changed since it was fetched: run `dvc repro -f fetch@<family>`"
@@ -144,7 +165,7 @@ def load_tokenizer(facts: TargetFacts, cache: Path) -> PreTrainedTokenizerBase:
 def _template_of(tokenizer: PreTrainedTokenizerBase, facts: TargetFacts) -> str:
     """The family's own template or the tokenizer's, of several named ones that called default, as servers take it."""
     if facts.chat_template is not None:
-        path = Path(facts.chat_template)
+        path = outside(facts.chat_template)
         if not path.is_file():
             raise UserError(f"target.chat_template {path} does not exist: name a Jinja file of this project")
         try:
@@ -172,6 +193,13 @@ def _template_of(tokenizer: PreTrainedTokenizerBase, facts: TargetFacts) -> str:
             "Jinja file in this family's target.chat_template"
         )
     return template.removeprefix("\ufeff")
+
+
+def server_template(facts: TargetFacts, cache: Path) -> str:
+    """The chat template for a server that renders it itself: without template_options, which a request may set."""
+    return str(
+        load_tokenizer(facts.model_copy(update={"template_options": {}, "template_digest": ""}), cache).chat_template
+    )
 
 
 def load_tensor(facts: TargetFacts, cache: Path, key: str) -> torch.Tensor:

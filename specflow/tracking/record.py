@@ -24,7 +24,7 @@ from specflow import __version__
 from specflow.config import Params
 from specflow.errors import UserError
 from specflow.gpus import nvml
-from specflow.paths import Paths, project_home
+from specflow.paths import Paths, outside, project_home
 from specflow.tracking import results
 from specflow.tracking.registry import find_version, register_draft
 from specflow.tracking.store import (
@@ -183,7 +183,7 @@ def link_pipeline(key: str, names: Iterable[str], params: Params, tags: dict[str
     try:
         client = open_store(project_home(Path()))
         for name in names:
-            paths = Paths(root=Path(), family=name, cache=Path(params.cache_dir).expanduser())
+            paths = Paths(root=Path(), family=name, cache=outside(params.cache_dir))
             home = project_home(paths.root)
             experiment_id = ensure_experiment(client, name, home)
             parent_id = _pipeline_run(client, experiment_id, _clean(key), _tags(name, params), home)

@@ -50,6 +50,8 @@ def mode(name: str, params: Params) -> str:
 
 def belongs(stage: str, mode: str) -> bool:
     """Whether a family of this mode has the stage; files of the other mode may lie about after a change of list."""
+    if stage == "inputs":  # has no results, and what it sees change makes none of those recorded another's
+        return False
     return stage not in (("train_online",) if mode == "offline" else ("train_offline", "extract"))
 
 

@@ -69,6 +69,8 @@ def open_store(home: Path) -> MlflowClient:
         logging.getLogger(name).setLevel(logging.ERROR)  # the import has set its own level
     uri = tracking_uri(home)
     file = _sqlite_file(uri)
+    if file is not None and "?" in str(file):  # the address of the file would end there
+        raise UserError(f"MLflow cannot keep its store at {file}, for the ? in its path: rename that folder")
     if file is not None:
         return _open_sqlite(uri, file, home)
     try:

@@ -13,6 +13,7 @@ from specflow.data.vocab import read_vocab
 from specflow.drafters.eagle3 import Eagle3Config, Eagle3Draft
 from specflow.errors import UserError
 from specflow.files import sha256_file
+from specflow.paths import outside
 from specflow.targets.model import TargetFacts, load_lm_head, load_tensor, tensor_names
 
 logger = logging.getLogger("specflow")
@@ -65,12 +66,10 @@ def _continued(
     """
     from specflow.export.imports import read_draft, weights_file
 
-    folder = Path(str(train.init_from))
+    folder = outside(str(train.init_from))
     old, notes = read_draft(folder, facts, cache)
     digest = sha256_file(weights_file(folder))
-    if train.init_from_sha256 is None:
-        notes.append(f"to train again when these weights change, add train.init_from_sha256: {digest}")
-    elif train.init_from_sha256.lower() != digest:
+    if train.init_from_sha256 is not None and train.init_from_sha256.lower() != digest:
         raise UserError(
             f"train.init_from {folder} has weights of sha256 {digest}, expected {train.init_from_sha256}: name the "
             "folder that is meant, or correct train.init_from_sha256"

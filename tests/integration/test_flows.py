@@ -381,7 +381,7 @@ def test_documented_path_with_a_worker(server: Server, tmp_path: Path) -> None:
         run_it = ["prefect", "deployment", "run", "pipeline/local", "--param"]
         project.run(*run_it, 'families=["tiny"]', "--param", 'stages=["prepare"]', "--watch")
         run = newest_run(server)
-        assert run.names == {"fetch@tiny": "Completed", "prepare@tiny": "Completed"}
+        assert run.names == dict.fromkeys(("inputs@tiny", "fetch@tiny", "prepare@tiny"), "Completed")
         assert "up to date" in project.run("dvc", "status", "fetch@tiny", "prepare@tiny")
         parent = mlflow_parent(folder)
         assert parent.data.tags["prefect_flow_run_id"] == run.id and parent.info.status == "FINISHED"

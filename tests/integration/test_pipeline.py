@@ -107,7 +107,7 @@ def test_results_are_committed_and_compared_and_experiments_run(project: Project
     assert not [name for name in committed if name.endswith((".safetensors", ".jsonl"))]
     project.run("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "-m", "results")
     said = project.run("dvc", "exp", "run", "-S", "families.tiny.bench.max_new_tokens=5")
-    assert re.findall(r"Running stage '([^']+)'", said) == ["bench@tiny", "report"]
+    assert re.findall(r"Running stage '([^']+)'", said) == ["inputs@tiny", "bench@tiny", "report"]
     assert project.json("artifacts/tiny/bench/summary.json")["settings"]["max_new_tokens"] == 5
     changed = json.loads(project.run("dvc", "metrics", "diff", "--json"))["artifacts/tiny/metrics/bench.json"]
     assert changed["tok_s"]["old"] > 0 and changed["tok_s"]["new"] > 0

@@ -27,7 +27,7 @@ def dvc_stages() -> dict[str, dict[str, Any]]:
 
 
 def test_stage_names_are_the_commands() -> None:
-    assert list(dvc_stages()) == [*STAGES, "report"] == [*SUMMARIES, "report"]
+    assert list(dvc_stages()) == ["inputs", *STAGES, "report"] == ["inputs", *SUMMARIES, "report"]
     assert set(dvc_stages()) <= set(cli.commands)
     for name, stage in dvc_stages().items():
         assert stage["cmd"] == (f"specflow {name}" if name == "report" else f"specflow {name} ${{item.family}}")
@@ -69,6 +69,24 @@ def test_results_are_never_uncached_outs(name: str) -> None:
     assert list(stage["metrics"][0]) == [f"artifacts/${{item.family}}/metrics/{name}.json"]
     for entry in [*stage["metrics"], *stage.get("plots", [])]:
         assert all(settings["cache"] is False for settings in entry.values())
+
+
+def test_every_file_of_inputs_has_a_reader_and_each_reader_its_own() -> None:
+    stages = dvc_stages()
+    assert stages["inputs"]["always_changed"] is True
+    folder = "artifacts/${item.family}/inputs/"
+    written = {
+        out.removeprefix(folder): settings for entry in stages["inputs"]["outs"] for out, settings in entry.items()
+    }
+    assert all(settings == {"persist": True} for settings in written.values())
+    read = {
+        name: [dep.removeprefix(folder) for dep in stage.get("deps", []) if dep.startswith(folder)]
+        for name, stage in stages.items()
+    }
+    none: list[str] = []
+    own = {name: [f"{name.partition('_')[0]}.json"] for name in stages if f"{name.partition('_')[0]}.json" in written}
+    assert read == {name: own.get(name, none) for name in stages}
+    assert {file for files in own.values() for file in files} == set(written)
 
 
 def test_every_stage_declares_its_resources() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -103,3 +104,21 @@ def test_row_log_after_kill_9(tmp_path: Path) -> None:
     log = files.RowLog(file, "key")
     assert list(log.rows) == [str(i) for i in range(written)] and written > 100
     log.close()
+
+
+def test_digest_is_remembered_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"one")
+    first = files.digest_of(file, tmp_path / "cache")
+    hashed: list[Path] = []
+    real = files.sha256_file
+    monkeypatch.setattr(files, "sha256_file", lambda path: hashed.append(path) or real(path))
+    assert files.digest_of(file, tmp_path / "cache") == first
+    assert hashed == []
+    before = file.stat()
+    file.write_bytes(b"two")
+    os.utime(
+        file, ns=(before.st_atime_ns, before.st_mtime_ns)
+    )  # as `cp -p` and `rsync -t` leave it: same size, same time
+    assert files.digest_of(file, tmp_path / "cache") == hashlib.sha256(b"two").hexdigest()
+    assert hashed == [file]

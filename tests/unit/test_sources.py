@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import os
 import subprocess
 import zipfile
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from specflow import sources
-from specflow.config import DataSource, Source
+from specflow.config import DataSource, Source, Target
 from specflow.errors import UserError
 
 PARTS = {"pkg/data/part1.bin": b"first half, ", "pkg/data/part2.bin": b"second half"}
@@ -95,21 +94,6 @@ def test_files_are_used_in_place(tmp_path: Path) -> None:
         sources.resolve(Source(source=f"file:{tmp_path}", sha256=digest), cache)
 
 
-def test_digest_is_remembered_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "file"
-    file.write_bytes(b"one")
-    first = sources.digest_of(file, tmp_path / "cache")
-    hashed: list[Path] = []
-    real = sources.sha256_file
-    monkeypatch.setattr(sources, "sha256_file", lambda path: hashed.append(path) or real(path))
-    assert sources.digest_of(file, tmp_path / "cache") == first
-    assert hashed == []
-    file.write_bytes(b"two")
-    os.utime(file, ns=(1, 1))
-    assert sources.digest_of(file, tmp_path / "cache") == hashlib.sha256(b"two").hexdigest()
-    assert hashed == [file]
-
-
 def test_hub_references_need_a_revision_and_no_digest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="add the revision"):
         sources.resolve(Source(source="hf:org/name"), tmp_path)
@@ -170,6 +154,54 @@ def test_hub_without_network_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(UserError, match=r"cannot fetch dataset hf:org/name@main \(Cannot find the snapshot\)"):
         sources.resolve(DataSource(source="hf:org/name@main"), tmp_path)
+
+
+def make_hub_cache(folder: Path, kind: str, name: str, commit: str, files: dict[str, bytes]) -> Path:
+    """A cache as huggingface_hub leaves it: contents by digest, links to them by commit, branches as files."""
+    repo = folder / f"{kind}--{name.replace('/', '--')}"
+    for part in ("refs", "blobs", f"snapshots/{commit}"):
+        (repo / part).mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    for file, content in files.items():
+        blob = repo / "blobs" / hashlib.sha256(content).hexdigest()
+        blob.write_bytes(content)
+        (repo / "snapshots" / commit / file).symlink_to(Path("../../blobs") / blob.name)
+    return repo / "snapshots" / commit
+
+
+@pytest.mark.parametrize("revision", ["main", "c0ffee" * 6 + "c0ff"])
+def test_what_the_hugging_face_cache_has_is_used_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    commit = "c0ffee" * 6 + "c0ff"
+    model = make_hub_cache(
+        tmp_path / "hf", "models", "org/name", commit, {"config.json": b"{}", "model.safetensors": b"w"}
+    )
+    data = make_hub_cache(tmp_path / "hf", "datasets", "org/name", commit, {"train.jsonl": b"{}"})
+    cache = tmp_path / "cache"
+    assert sources.resolve(Target(source=f"hf:org/name@{revision}"), cache) == model
+    assert sources.resolve(DataSource(source=f"hf:org/name@{revision}"), cache) == data
+    assert sources.resolve(Source(source=f"hf:org/name@{commit}/train.jsonl"), cache) == data / "train.jsonl"
+    assert not [file for file in cache.rglob("*") if file.is_file() and file.suffix != ".json"]  # nothing copied
+    assert sources.resolve(Target(source=f"hf:org/name@{revision}"), cache) == model  # by what was written down
+    with pytest.raises(UserError, match=r"cannot fetch model hf:org/other@main"):
+        sources.resolve(Target(source="hf:org/other@main"), cache)
+
+
+@pytest.mark.parametrize("reference", ["../..@main", "org/name@../../x", "org/../../name@main", f"a/b@{'0' * 40}/../x"])
+def test_hub_names_lead_nowhere_else(tmp_path: Path, reference: str) -> None:
+    with pytest.raises(UserError, match="is not of the form hf:org/name@revision"):
+        sources.resolve(DataSource(source=f"hf:{reference}"), tmp_path)
+
+
+def test_hub_names_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot fetch dataset hf:-org/.name@main") as caught:
+        sources.resolve(DataSource(source="hf:-org/.name@main"), tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_missing_pip_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,22 @@ def test_identity_changes_with_weights_and_template_only_where_it_should(tmp_pat
     assert templated.digest == facts.digest
 
 
+@pytest.mark.parametrize("loads", [load_model, load_tokenizer, load_lm_head])
+def test_other_weights_at_the_same_place_are_refused(tmp_path: Path, loads: Any) -> None:
+    """The trained draft's identity is the digest that fetch recorded: nothing runs on other weights under it."""
+    folder = make_tiny_target(tmp_path / "tiny")
+    facts = facts_of(folder, tmp_path)
+    loads(facts, tmp_path / "cache")
+    make_tiny_target(tmp_path / "other", seed=1)
+    weights = folder / "model.safetensors"
+    weights.write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"tiny/model.safetensors changed since it was fetched: run `dvc repro`"):
+        loads(facts, tmp_path / "cache")
+    weights.unlink()
+    with pytest.raises(UserError, match=r"model.safetensors is gone since it was fetched"):
+        loads(facts, tmp_path / "cache")
+
+
 def test_bad_targets_are_one_line(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     without = make_tiny_target(tmp_path / "without", chat_template=None)

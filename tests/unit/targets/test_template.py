@@ -1,11 +1,15 @@
 """Golden multi-turn masks for the chat templates of several families, and what stands between turns."""
 
+import datetime
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from specflow.errors import UserError
-from specflow.targets import template
+from specflow.targets import date, template
+from tests.toys import CHATML as TOY_CHATML
+from tests.toys import make_tiny_tokenizer
 
 # The rules of the real templates, shortened to what decides the mask.
 CHATML = (
@@ -159,3 +163,24 @@ def test_end_of_turn_is_the_templates_special_token() -> None:
     plain = make_tokenizer(CHATML)
     plain.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
     assert template.end_of_turn(plain) is None
+
+
+DATED = (
+    "{%- if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "<|im_start|>system\nToday is {{ date_string }}, {{ strftime_now(format='%A %Y-%m-%-d') }}.<|im_end|>\n"
+    + TOY_CHATML
+)
+
+
+def test_a_template_that_prints_todays_date_prints_one_day_on_all_days() -> None:
+    tokenizer = make_tiny_tokenizer(chat_template=date.with_fixed_date(DATED))
+    text = template.render(tokenizer, [{"role": "user", "content": "q"}], True)
+    assert text.startswith("<|im_start|>system\nToday is 26 Jul 2024, Friday 2024-07-26.<|im_end|>\n<|im_start|>user\n")
+    given = make_tiny_tokenizer(chat_template="{%- set date_string = 'May Day' -%}" + tokenizer.chat_template)
+    assert "Today is May Day, Friday" in template.render(given, [{"role": "user", "content": "q"}], True)
+    assert date.with_fixed_date(CHATML) == CHATML
+
+
+def test_directives_are_those_of_strftime() -> None:
+    day = datetime.datetime.fromisoformat(date.FIXED_DATE)
+    assert {each: day.strftime(f"%{each}") for each in date._DIRECTIVES} == date._DIRECTIVES
