@@ -35,6 +35,7 @@ def missing_identity() -> str:
 
 if __name__ == "__main__":
     if said := missing_identity():
-        sys.exit(f"specflow: {said}")
+        sys.stderr.write(f"specflow: {said}\n")
+        sys.exit(2)
     Experiments.tempdir_queue = property(own_queue)
     sys.exit(main(["--wait-for-lock", "exp", "run", "--temp", *sys.argv[1:]]))  # waits as `plan.dvc_command` does

@@ -156,9 +156,7 @@ def load_tokenizer(facts: TargetFacts, cache: Path) -> PreTrainedTokenizerBase:
         tokenizer.chat_template = options + tokenizer.chat_template
     tokenizer.chat_template = with_fixed_date(tokenizer.chat_template)
     if facts.template_digest not in ("", sha256_json(tokenizer.chat_template)):  # fetch itself does not know it yet
-        raise UserError(
-            f"the chat template of {facts.source} changed since it was fetched: run `dvc repro -f fetch@<family>`"
-        )
+        raise UserError(f"the chat template of {facts.source} changed since it was fetched: run `dvc repro`")
     return tokenizer
 
 

@@ -68,4 +68,4 @@ def test_a_parameter_of_one_family_runs_that_family_alone(project: Project) -> N
 def test_a_template_changed_behind_the_back_of_fetch_is_refused(project: Project) -> None:
     (project.folder / "gemma.jinja").write_text(CHATML.replace("\n", " "), encoding="utf-8")
     said = project.run("specflow", "prepare", "gemma", code=2)
-    assert "changed since it was fetched: run `dvc repro -f fetch@" in said
+    assert "changed since it was fetched: run `dvc repro`" in said
