@@ -15,15 +15,18 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from specflow.config_bench import HELDOUT, TREE_KINDS, Bench
 from specflow.errors import UserError
-from specflow.schema import Count, Fraction, NonNegative, Positive, Section, Seed
+from specflow.schema import Bytes, Count, Fraction, NonNegative, Positive, Section, Seed, Switch, Whole
+from specflow.settings_file import check_texts, load_yaml, read_text
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Layout = Literal[
     "auto", "sharegpt", "messages", "conversation", "ultrachat", "tokens", "alpaca", "question", "problem", "query",
     "input", "prompt", "chosen",
 ]  # fmt: skip
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 """Of a family: part of folder names, stage addresses and dotted parameter paths."""
+_SET_NAME = re.compile(r"\w[\w.-]{0,63}")
+"""Of a prompt set: part of the names of metrics, which MLflow limits."""
 
 
 class Source(Section):
@@ -46,7 +49,7 @@ class Target(Source):
     """Path of a Jinja file to use instead of the tokenizer's own template."""
     template_options: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], bool | int | str] = {}
     """Variables that the template reads, such as enable_thinking; the server must be asked with the same ones."""
-    trust_remote_code: bool = False
+    trust_remote_code: Switch = False
 
 
 class DataSource(Source):
@@ -66,9 +69,9 @@ class Data(Section):
     sources: list[DataSource] = Field(min_length=1)
     train_conversations: Count
     eval_conversations: Count
-    max_turns: Count = 4
+    max_turns: Annotated[Count, Field(le=1000)] = 4
     """User turns kept of a conversation."""
-    max_prompt_tokens: Count = 512
+    max_prompt_tokens: Annotated[Count, Field(le=2**24)] = 512
     """A conversation stops before the user turn that would exceed this many prompt tokens; dropped if it is the
     first.
     """
@@ -81,20 +84,20 @@ class Sample(Section):
     the one at serve.url. `openai`: in any other OpenAI-compatible server at serve.url. `dataset`: train on the data
     set's own answers.
     """
-    temperatures: list[NonNegative] = Field(default=[0.0], min_length=1)
+    temperatures: list[Annotated[NonNegative, Field(le=100.0)]] = Field(default=[0.0], min_length=1)
     """Each training conversation draws one of these; 0 is greedy. Recorded per row."""
-    eval_temperature: NonNegative = 0.0
-    max_new_tokens: Count = 512
+    eval_temperature: Annotated[NonNegative, Field(le=100.0)] = 0.0
+    max_new_tokens: Annotated[Count, Field(le=2**20)] = 512
     """Per turn."""
-    batch_size: Count = 64
+    batch_size: Annotated[Count, Field(le=2**16)] = 64
     """Conversations decoded side by side (transformers)."""
-    concurrency: Count = 64
+    concurrency: Annotated[Count, Field(le=2**16)] = 64
     """Requests under way at a time, over all servers (vllm, sglang, openai)."""
-    keep_thinking: bool = False
+    keep_thinking: Switch = False
     """What a later turn sees of an earlier answer's thinking. False: what the template shows; where that drops it,
     every turn becomes a row of its own. True: all of it, so that a conversation stays one row.
     """
-    keep_states: bool = False
+    keep_states: Switch = False
     """Also keep the hidden states that the answers come from, on disk, until `extract` packs them and has no forward to
     run. Both engines must be vllm, in servers of our own.
     """
@@ -102,32 +105,34 @@ class Sample(Section):
 
 
 class Vocab(Section):
-    draft_vocab_size: Count = 32000
+    draft_vocab_size: Annotated[Count, Field(le=2**24)] = 32000
 
 
 class Extract(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
     """`vllm`: a server of its own, started as `serve` says; the same states but for rounding. Offline families only."""
-    aux_layer_ids: list[Annotated[int, Field(ge=0)]] | None = None
+    aux_layer_ids: list[Annotated[Whole, Field(le=1000)]] | None = Field(default=None, min_length=1, max_length=16)
     """Residual streams to capture, counted from the embeddings = 0 (vLLM's numbering). Default (2, n//2, n-3)."""
     dtype: Dtype = "bfloat16"
     """Dtype on disk."""
-    max_length_tokens: Count = 2048
+    max_length_tokens: Annotated[Count, Field(le=2**24)] = 2048
     on_too_long: Literal["cut", "drop"] = "cut"
-    batch_tokens: Count = 4096
+    batch_tokens: Annotated[Count, Field(le=2**24)] = 4096
     """Tokens of one forward."""
-    shard_bytes: Count = 256 * 2**20
+    shard_bytes: Bytes = 256 * 2**20
 
 
 class Train(Section):
-    ttt_steps: Count = 3
-    """Training-time-test steps: how many tokens ahead the draft learns to feed on its own states."""
-    ttt_decay: Positive = 0.8
+    ttt_steps: Annotated[Count, Field(le=32)] = 3
+    """Training-time-test steps: how many tokens ahead the draft learns to feed on its own states. Each one is a pass of
+    its own and keeps keys and activations of all before it; EAGLE-3 takes 7.
+    """
+    ttt_decay: Annotated[Positive, Field(le=10.0)] = 0.8
     """Loss weight of step k is ttt_decay**k."""
     loss: Literal["kl", "lk_hybrid"] = "kl"
     init_from_target: list[Literal["mlp", "o_proj", "norm", "lm_head"]] = ["mlp", "o_proj", "norm", "lm_head"]
     """Parts of the draft that start as the target's last layer, final norm and head rows."""
-    fit_tokens: Annotated[int, Field(ge=0)] = 65536
+    fit_tokens: Whole = 65536
     """Training tokens for the closed-form start of fc and attention (training/warmstart.py); 0 starts them at
     random.
     """
@@ -137,26 +142,26 @@ class Train(Section):
     """
     init_from_sha256: str | None = None
     """Digest of that folder's weights file, verified: for a draft that must be this one and no other."""
-    intermediate_size: Count | None = None
+    intermediate_size: Annotated[Count, Field(le=2**20)] | None = None
     """Width of the draft's MLP; default the target's."""
-    epochs: Annotated[int, Field(ge=0)] = 2
+    epochs: Annotated[Whole, Field(le=10_000)] = 2
     """Passes over the training conversations; 0 takes the draft of `init_from` as it is, vocabulary included."""
-    batch_tokens: Count = 2048
+    batch_tokens: Annotated[Count, Field(le=2**24)] = 2048
     """Tokens of one packed micro-batch; no document is split, so it is at least the longest row."""
-    accumulate: Count = 1
+    accumulate: Annotated[Count, Field(le=2**16)] = 1
     """Micro-batches per optimizer step."""
-    lr: Positive = 1e-4
+    lr: Annotated[Positive, Field(le=10.0)] = 1e-4
     min_lr_ratio: Fraction = 0.0
     """Cosine decay ends at this share of lr."""
     warmup_ratio: Fraction = 0.03
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    weight_decay: NonNegative = 0.0
+    weight_decay: Annotated[NonNegative, Field(le=10.0)] = 0.0
     clip_grad_norm: Positive = 0.5
-    evals: Count = 4
+    evals: Annotated[Count, Field(le=10_000)] = 4
     """Evaluations on held-out conversations, spread evenly; the last one is at the end."""
-    checkpoints: Count = 4
+    checkpoints: Annotated[Count, Field(le=10_000)] = 4
     """Checkpoints, spread evenly; also one at SIGINT or SIGTERM."""
-    compile: bool = False
+    compile: Switch = False
     """torch.compile the draft's layer (GPU)."""
     seed: Seed = 0
 
@@ -170,9 +175,9 @@ class Train(Section):
 
 
 class Export(Section):
-    num_speculative_tokens: Count = 3
+    num_speculative_tokens: Annotated[Count, Field(le=64)] = 3
     """Recommended K written where a serving format has room for it."""
-    speculators: bool = False
+    speculators: Switch = False
     """Also write the draft in speculators' form, which names its target: `vllm serve <folder>` alone serves both."""
     verifier: str | None = None
     """Name or path of the target in that form; default the hub name of an hf: source, else the path in the cache."""
@@ -181,11 +186,11 @@ class Export(Section):
 class SglangSpeculation(Section):
     """A tree or a chain in SGLang's words."""
 
-    num_steps: Count
+    num_steps: Annotated[Count, Field(le=64)]
     """Most drafted tokens on a path."""
-    eagle_topk: Count
+    eagle_topk: Annotated[Count, Field(le=1024)]
     """Branches kept at each step; 1 is a chain."""
-    num_draft_tokens: Annotated[int, Field(ge=2)]
+    num_draft_tokens: Annotated[Count, Field(ge=2, le=4096)]
     """Tokens verified at once, the root included."""
 
     @model_validator(mode="after")
@@ -201,7 +206,7 @@ class SglangSpeculation(Section):
 class Speculation(Section):
     """How this target is best served with its draft; `specflow tune F --write` measures and writes it."""
 
-    num_speculative_tokens: Annotated[int, Field(ge=0)]
+    num_speculative_tokens: Annotated[Whole, Field(le=64)]
     """K of a chain, for engines that draft chains (vLLM); 0: serve the target alone."""
     sglang: SglangSpeculation | None = None
     """For SGLang, which also drafts trees; null: the chain of num_speculative_tokens."""
@@ -220,14 +225,14 @@ class Serve(Section):
     """
     dtype: Dtype | None = None
     """Default the target's."""
-    max_model_len: Count | None = None
+    max_model_len: Annotated[Count, Field(le=2**24)] | None = None
     """Context in tokens; default the target's own, which may need more memory than there is."""
-    tensor_parallel_size: Count = 1
-    data_parallel_size: Count = 1
+    tensor_parallel_size: Annotated[Count, Field(le=1024)] = 1
+    data_parallel_size: Annotated[Count, Field(le=1024)] = 1
     gpu_memory_utilization: Fraction = 0.9
-    cpu_kv_cache_gib: Count = 1
+    cpu_kv_cache_gib: Annotated[Count, Field(le=2**14)] = 1
     """Memory for keys and values on a machine without a GPU."""
-    replicas: Count = 1
+    replicas: Annotated[Count, Field(le=1024)] = 1
     """Servers started side by side; requests go to the least busy."""
     extra_args: list[str] = []
     """Words appended to the engine's command line as they are."""
@@ -237,7 +242,7 @@ class Serve(Section):
     """Name of the environment variable that holds the key of `url`. The key itself is never written anywhere."""
     start_timeout_s: Positive = 1800.0
     request_timeout_s: Positive = 600.0
-    retokenise: bool = False
+    retokenise: Switch = False
     """Whether answers of a `url` that returns no token ids may be tokenised from their text. Off: the ids that come out
     need not be the ones that were generated.
     """
@@ -250,12 +255,12 @@ STAGE_NAMES = ("fetch", "prepare", "sample", "vocab", "extract", "train_offline"
 class Resources(Section):
     """What a stage of one family takes; a field that is null leaves dvc.yaml's `meta` as it is."""
 
-    gpus: Annotated[int, Field(ge=0)] | None = None
+    gpus: Annotated[Whole, Field(le=1024)] | None = None
     gpu_memory_gb: Positive | None = None
     """Free memory that each GPU must have, in units of 1e9 bytes; without it only an unused GPU is taken."""
     timeout_s: Positive | None = None
     """Seconds after which a flow stops the stage."""
-    shards: Count | None = None
+    shards: Annotated[Count, Field(le=1024)] | None = None
     """Pieces by row that sample, extract and bench are split into."""
 
 
@@ -273,7 +278,7 @@ class Family(Section):
     serve: Serve = Serve()
     resources: dict[str, Resources] = {}
     """By stage, what differs from `meta` in dvc.yaml. Makes no result stale."""
-    allow_cpu: bool = False
+    allow_cpu: Switch = False
     """Whether stages that ask for GPUs may run on the CPU of a machine without one. Off: a large target would run for
     weeks before anybody noticed.
     """
@@ -284,7 +289,7 @@ class Family(Section):
             if stage not in STAGE_NAMES:
                 close = difflib.get_close_matches(stage, STAGE_NAMES, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"stages are {', '.join(STAGE_NAMES)}"
-                raise ValueError(f"resources has unknown stage {stage!r}: {hint}")
+                raise ValueError(f"resources.{stage} is no stage: {hint}")
         if self.sample.engine == "openai" and self.serve.url is None:
             raise ValueError("sample.engine openai needs serve.url, the server to ask")
         if self.sample.keep_states and not (self.sample.engine == self.extract.engine == "vllm" and not self.serve.url):
@@ -305,7 +310,7 @@ class Params(Section):
 
     cache_dir: str = "~/.cache/specflow"
     """Downloads and dequantised targets, shared between projects."""
-    register_weights: bool = True
+    register_weights: Switch = True
     """Copy each newly trained draft into MLflow's artifact store, from where `models:/specflow-<family>@champion`
     serves it to machines without this project; false registers it by its digests alone.
     """
@@ -324,7 +329,13 @@ class Params(Section):
     @model_validator(mode="after")
     def _check(self) -> Params:
         if bad := [name for name in self.families if not _NAME.fullmatch(name)]:
-            raise ValueError(f"family name {bad[0]!r}: use letters, digits, - and _ (DVC reads a dot as a level)")
+            raise ValueError(
+                f"family name {bad[0]!r}: use letters, digits, - and _, at most 64 (DVC reads a dot as a level)"
+            )
+        if bad := [name for name in self.prompt_sets if not _SET_NAME.fullmatch(name)]:
+            raise ValueError(
+                f"prompt_sets.{bad[0]}: a name has at most 64 letters, digits, -, _ and dots, as metrics do"
+            )
         listed = [*self.offline, *self.online]
         for name in listed:
             if name not in self.families:
@@ -352,18 +363,17 @@ class Params(Section):
 
 def load_params(path: Path) -> Params:
     """Read and check params.yaml. Raises UserError (one line, with the nearest known key) for whatever is wrong."""
-    import yaml
-
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = read_text(path)
     except FileNotFoundError:
         raise UserError(f"no params.yaml in {path.parent}: run specflow in the folder of your project") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    return parse_params(raw, where=str(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    return parse_params(load_yaml(text, path), where=str(path))
 
 
 def parse_params(raw: Any, where: str = "params.yaml") -> Params:
+    check_texts(raw, where)
     try:
         return Params.model_validate(raw)
     except ValidationError as error:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from specflow.schema import Count, NonNegative, Section, Seed
+from specflow.schema import Count, Fraction, NonNegative, Section, Seed, Switch, Whole
 
 HELDOUT = "heldout"
 """The prompt set of the family's own eval split."""
@@ -20,13 +20,13 @@ REFERENCES = ("lookup", "oracle", "null", "assistant")
 class DynamicTree(Section):
     """EAGLE-2's tree: grown level by level where the draft is surest, then cut to its best nodes."""
 
-    total_token: Annotated[int, Field(ge=2)]
+    total_token: Annotated[Count, Field(ge=2, le=4096)]
     """Nodes that the target verifies at once, the last verified token as root among them: EAGLE's name and SGLang's
     num_draft_tokens. At most total_token - 1 tokens are drafted.
     """
-    depth: Count
+    depth: Annotated[Count, Field(le=64)]
     """Most drafted tokens on a path: SGLang's num_steps. EAGLE's and AngelSlim's --depth is one less."""
-    top_k: Count
+    top_k: Annotated[Count, Field(le=1024)]
     """Branches kept at each level (SGLang's eagle_topk)."""
 
     @model_validator(mode="after")
@@ -42,7 +42,7 @@ class DynamicTree(Section):
 class StaticTree(Section):
     """The same tree at every step."""
 
-    branches: list[list[Annotated[int, Field(ge=0)]]] = Field(min_length=1)
+    branches: list[list[Annotated[Whole, Field(le=1023)]]] = Field(min_length=1, max_length=4095)
     """A node by the ranks of its tokens from the root on: [[0], [1], [0, 0]] is the best token, the second best, and
     the best one behind the best.
     """
@@ -95,11 +95,11 @@ class BenchServe(Section):
     """
     draft_url: str | None = None
     """The same server build and flags with the exported draft."""
-    concurrency: list[Count] = Field(default=[1, 2, 4, 8, 16], min_length=1)
+    concurrency: list[Annotated[Count, Field(le=2**16)]] = Field(default=[1, 2, 4, 8, 16], min_length=1)
     """Requests in flight at a time, ascending."""
     num_prompts: Count | None = None
     """Questions per set, taken evenly over the set; default those of the benchmark in process."""
-    repeats: Annotated[int, Field(ge=2)] = 2
+    repeats: Annotated[Count, Field(ge=2, le=1000)] = 2
     """Blocks of each server at each concurrency, in the order A B B A."""
 
     @model_validator(mode="after")
@@ -118,52 +118,52 @@ class Bench(Section):
     """Names of `prompt_sets`, or `heldout` (prompts of the eval split)."""
     num_prompts: Count = 20
     """Questions per set, taken evenly over the set."""
-    max_new_tokens: Count = 128
+    max_new_tokens: Annotated[Count, Field(le=2**20)] = 128
     """Per turn, the same for every engine."""
-    max_turns: Count = 2
+    max_turns: Annotated[Count, Field(le=1000)] = 2
     """Turns of a question that are asked, each with the answers so far as history."""
-    num_speculative_tokens: Count | Literal["auto"] = "auto"
+    num_speculative_tokens: Annotated[Count, Field(le=64)] | Literal["auto"] = "auto"
     """K of a chain; `auto` takes the fastest of `sweep` on held-out prompts, never on the benchmark. Not read where
     `tree` is set.
     """
-    sweep: list[Count] = Field(default=[1, 2, 3, 4], min_length=1)
+    sweep: list[Annotated[Count, Field(le=64)]] = Field(default=[1, 2, 3, 4], min_length=1)
     sweep_prompts: Count = 4
     tree: Tree | None = None
     """Draft a tree: {total_token, depth, top_k} grows one by the draft's probabilities, {branches} is always the same.
     null: a chain.
     """
-    temperature: NonNegative = 0.0
+    temperature: Annotated[NonNegative, Field(le=100.0)] = 0.0
     """0 is greedy."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_p: Annotated[Fraction, Field(gt=0.0)] = 1.0
     """Sampling keeps the likeliest tokens that together reach this probability; 1: all."""
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Whole = 0
     """Sampling keeps this many of the likeliest tokens; 0: all."""
-    num_samples: Count = 1
+    num_samples: Annotated[Count, Field(le=1000)] = 1
     """Answers to each question, each with a seed and a history of its own."""
-    repeats: Annotated[int, Field(ge=3)] = 3
+    repeats: Annotated[Count, Field(ge=3, le=1000)] = 3
     """Passes over every prompt; the order of the engines alternates."""
     draft_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype in which the draft's products run. `auto`: on a GPU the target's; on a CPU bfloat16 where the processor
     multiplies it natively. It decides what is accepted, never what comes out; to compare step by step with a server,
     take the server's.
     """
-    prompt_lookup: bool = True
+    prompt_lookup: Switch = True
     """Also run n-gram drafting through the same verifier, as a reference row."""
-    bounds: bool = True
+    bounds: Switch = True
     """Also run a draft that is always right and one that is always wrong: what lies between them and the ideal is the
     harness's own cost. Greedy only.
     """
     assistant: str | None = None
     """Also draft with this whole model: a folder, or a source as in target.source. Its tokenizer is the target's."""
-    stock_generate: bool = True
+    stock_generate: Switch = True
     """Also time transformers' own generate() on some prompts, as a reference row."""
-    batch_sizes: list[Count] = []
+    batch_sizes: list[Annotated[Count, Field(le=4096)]] = []
     """Also answer this many requests at once, by a chain, ascending."""
-    cost_tokens: list[Count] = [1, 2, 3, 4, 8, 16, 32, 64]
+    cost_tokens: list[Annotated[Count, Field(le=4096)]] = [1, 2, 3, 4, 8, 16, 32, 64]
     """Rows of a verification whose time is measured; empty: none."""
     accuracy: list[str] = []
     """Prompt sets whose answers are scored against their references."""
-    execute_code: bool = False
+    execute_code: Switch = False
     """Whether scoring may run the code that the model wrote, in a subprocess with limits."""
     serve: BenchServe | None = None
     """Also measure through inference servers; null: in process only."""

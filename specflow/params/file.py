@@ -20,6 +20,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from specflow.config import parse_params
 from specflow.errors import UserError
 from specflow.files import atomic_path
+from specflow.settings_file import load_yaml, read_text
 
 
 def set_params(path: Path, overrides: Mapping[str, Any]) -> None:
@@ -72,7 +73,7 @@ def add_family(path: Path, recipe: Path, *, name: str | None = None) -> None:
 def read_recipe(recipe: Path) -> tuple[str, dict[str, Any]]:
     """Text and content of a recipe. Raises UserError unless it holds one family and says how it trains."""
     try:
-        source = recipe.read_text(encoding="utf-8")
+        source = read_text(recipe)
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"no recipe {recipe}: `specflow add-family --list` shows those of recipes/") from None
     fragment = _load(source, recipe)
@@ -99,7 +100,7 @@ def missing_prompt_sets(known: Collection[str], fragment: Mapping[str, Any]) -> 
 def _read(path: Path) -> tuple[str, str]:
     """Text with plain newlines, and the newline to write it with."""
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = read_text(path)
     except FileNotFoundError:
         raise UserError(f"no {path}: run specflow in the folder of your project") from None
     newline = "\r\n" if "\r\n" in text else "\n"
@@ -107,10 +108,7 @@ def _read(path: Path) -> tuple[str, str]:
 
 
 def _load(text: str, path: Path) -> dict[str, Any]:
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    raw = load_yaml(text, path)
     if not isinstance(raw, dict):
         raise UserError(f"{path} must be a mapping of parameters, got {type(raw).__name__}")
     return raw

@@ -90,7 +90,7 @@ def test_other_tools_may_use_meta(project: Path, params: Params) -> None:
 
 
 def test_misspelt_resources(project: Path) -> None:
-    with pytest.raises(UserError, match=r"families\.tiny: resources has .*'sampel': did you mean 'sample'"):
+    with pytest.raises(UserError, match=r"families\.tiny: resources\.sampel is no stage: did you mean 'sample'"):
         change(resources={"sampel": {"gpus": 1}})
     with pytest.raises(UserError, match=r"families\.tiny\.resources\.sample\.gpu'.* did you mean 'gpus'"):
         change(resources={"sample": {"gpu": 1}})
