@@ -1,7 +1,8 @@
 """Benchmark questions from a file: jsonl or json (either gzipped), or parquet, in the layouts of the known sets.
 
 By a record's keys: `question_id, category, turns, reference` (MT-Bench, Spec-Bench, SPEED-Bench and what peers made of
-the others), `task_id, prompt` (HumanEval), `question, answer` (gsm8k), `instruction, input, output` (Alpaca).
+the others), `task_id, prompt` (HumanEval), `question, answer` (gsm8k; also with a `context`), `instruction, input,
+output` (Alpaca).
 HumanEval's prompt is the beginning of a program, which a chat model would answer with talk, so it is wrapped in an
 instruction to complete the function.
 """
@@ -107,9 +108,7 @@ def _question(record: Any, name: str, number: int, where: str) -> Question:
     elif "turns" in record or "question_id" in record:
         question = _turns(record, name, where)
     elif {"question", "answer"} <= record.keys():
-        question = Question(
-            _id(record, number), "math", _texts(record["question"], "question", where), [str(record["answer"])]
-        )
+        question = _answered(record, number, where)
     elif "instruction" in record:
         question = _alpaca(record, name, number, where)
     else:
@@ -120,6 +119,13 @@ def _question(record: Any, name: str, number: int, where: str) -> Question:
             "script and name that"
         )
     return question
+
+
+def _answered(record: dict[str, Any], number: int, where: str) -> Question:
+    (question,) = _texts(record["question"], "question", where)
+    (passage,) = _texts(record.get("context") or "", "context", where, may_be_empty=True)
+    turn = f"{question}\n\n{passage}" if passage.strip() else question
+    return Question(_id(record, number), "math", [turn], [str(record["answer"])])
 
 
 def _id(record: dict[str, Any], number: int) -> str:

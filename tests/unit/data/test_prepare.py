@@ -246,3 +246,28 @@ def test_a_template_that_refuses_system_messages_drops_and_counts(tmp_path: Path
         prepared(tmp_path / "project", target, [*records, *system], train_conversations=8)
     _, rows, _ = prepared(tmp_path / "project", target, [*records, *system])
     assert {row["messages"][0]["role"] for row in rows["train"] + rows["eval"]} == {"user"}
+
+
+def test_what_was_dropped_is_said_when_prepare_ends(
+    tmp_path: Path, tiny: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare.logger, "propagate", True)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "lookup", "arguments": "{}"}}]}
+    called = [
+        {"messages": [ask(f"look {i}")["messages"][0], call, {"role": "tool", "content": "12"}]} for i in range(3)
+    ]
+    other = [{"messages": [{"role": "narrator", "content": "once"}]}, {**ask("fine"), "model": "m"}]
+    records = [*(ask(f"question {i}") for i in range(8)), *called, *other, ask("question 1")]
+    with caplog.at_level("INFO", logger="specflow"):
+        _, rows, _ = prepared(tmp_path, tiny, records, sample={"engine": "dataset"})
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("prepare: ")]
+    assert lines[0].endswith(
+        "data.json (messages): 14 records, 13 conversations; records dropped: unknown role 'narrator' 1; "
+        "fields not used: model 1"
+    )
+    assert "duplicate 1" in lines[1] and "look" not in json.dumps(rows)
+    with pytest.raises(UserError, match=r"'tool calls, which the chat template does not show': 3"):
+        prepared(tmp_path, tiny, records, sample={"engine": "dataset"}, train_conversations=7)
+    _, asked, _ = prepared(tmp_path, tiny, records, train_conversations=9)
+    looked = [row["messages"] for split in asked.values() for row in split if "look" in json.dumps(row)]
+    assert looked and all(len(messages) == 1 for messages in looked)  # asked, and nothing joined behind it

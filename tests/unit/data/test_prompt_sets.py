@@ -116,6 +116,12 @@ def test_layouts_of_the_known_sets(tmp_path: Path, kind: str, rows: list[dict[st
     assert read_prompt_set("name", path) == expected
 
 
+def test_a_context_belongs_to_its_question(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"question": "Who?", "context": "Bo came.", "answer": "Bo"}))
+    assert read_prompt_set("squad", path)[0].turns == ["Who?\n\nBo came."]
+
+
 def test_human_eval_keeps_what_judges_an_answer(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     record = {"task_id": "HumanEval/0", "prompt": "def f():\n", "test": "def check(c): ...", "entry_point": "f"}
