@@ -25,28 +25,42 @@ Digests = dict[str, Any]
 """{"files": {reference as in params.yaml: sha256, or {file in that folder: sha256}}, "versions": {library: version}}"""
 
 
-def of_family(name: str, family: Family, params: Params, paths: Paths) -> dict[str, Digests]:
+STAGES = ("fetch", "prepare", "sample", "extract", "train", "bench")
+"""Stages with inputs from outside; `train` is both ways to train."""
+
+
+def of_family(family: Family, params: Params, paths: Paths) -> dict[str, Digests]:
     """Digests by stage. Raises UserError for what does not exist or cannot be read."""
-    target, cache = family.target, paths.cache
-    prompt_sets = {key: params.prompt_sets[key] for key in family.bench.prompt_sets if key != HELDOUT}
-    model = _sources([target], cache, models=True) | _files(target.chat_template, cache)
-    data = _sources([*family.data.sources, *params.prompt_sets.values()], cache)
-    assistant = family.bench.assistant
-    found = {
-        "fetch": (model | data, ()),
-        "prepare": (data, ("transformers",)),
-        "sample": ({}, _libraries(family.sample.engine, family)),
-        "extract": ({}, _libraries(family.extract.engine, family)),
-        "train": (_files(family.train.init_from, cache), ("torch", "transformers")),
-        "bench": (
-            _sources(prompt_sets.values(), cache) | _files(assistant and assistant.removeprefix("file:"), cache),
-            ("torch", "transformers", *((family.bench.serve.engine,) if family.bench.serve else ())),
-        ),
-    }
-    return {
-        stage: {"files": digests, "versions": {each: _version(each, stage, family, paths) for each in libraries}}
-        for stage, (digests, libraries) in found.items()
-    }
+    return {stage: of_stage(stage, family, params, paths) for stage in STAGES}
+
+
+def of_stage(stage: str, family: Family, params: Params, paths: Paths) -> Digests:
+    """Digests of what one stage reads. What was on record and is gone counts as it was: it is missed where it is read.
+
+    Raises UserError as `of_family`.
+    """
+    cache, bench = paths.cache, family.bench
+    known = _on_record(stage, paths)
+    found: dict[str, Any] = {}
+    libraries: tuple[str, ...] = ()
+    if stage == "fetch":
+        found = _sources([family.target], known, cache, models=True) | _files(family.target.chat_template, known, cache)
+    if stage in ("fetch", "prepare"):
+        found |= _sources([*family.data.sources, *params.prompt_sets.values()], known, cache)
+        libraries = ("transformers",) if stage == "prepare" else ()
+    elif stage == "sample":
+        libraries = _libraries(family.sample.engine, family)
+    elif stage == "extract":
+        libraries = _libraries(family.extract.engine, family)
+    elif stage == "train":
+        found, libraries = _files(family.train.init_from, known, cache), ("torch", "transformers")
+    elif stage == "bench":
+        sets = [params.prompt_sets[key] for key in bench.prompt_sets if key != HELDOUT]
+        assistant = bench.assistant and bench.assistant.removeprefix("file:")
+        found = _sources(sets, known, cache) | _files(assistant, known, cache)
+        libraries = ("torch", "transformers", *((bench.serve.engine,) if bench.serve else ()))
+    versions = {each: _version(each, family, paths) or known.get(each) for each in libraries}
+    return {"files": found, "versions": versions}
 
 
 def write(found: dict[str, Digests], paths: Paths) -> list[str]:
@@ -62,13 +76,13 @@ def are_current(found: dict[str, Digests], paths: Paths) -> bool:
     return all(_recorded(paths.inputs(stage)) == digests for stage, digests in found.items())
 
 
-def check_unchanged(stage: str, name: str, family: Family, params: Params, paths: Paths) -> None:
+def check_unchanged(stage: str, family: Family, params: Params, paths: Paths) -> None:
     """Raise UserError where a file that `stage` is about to open is not the one that was on record under its name."""
     stage = "train" if stage.startswith("train_") else stage
     before = _recorded(paths.inputs(stage))
     if before is None:
         return
-    now = of_family(name, family, params, paths)[stage]["files"]
+    now = of_stage(stage, family, params, paths)["files"]
     asked = {reference: digests for reference, digests in before["files"].items() if reference in now}
     old, new = dict(_flat(asked)), dict(_flat({reference: now[reference] for reference in asked}))
     if different := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
@@ -84,6 +98,14 @@ def _recorded(path: Path) -> Digests | None:
         return None
 
 
+def _on_record(stage: str, paths: Paths) -> dict[str, Any]:
+    """What was last recorded for a stage by reference or library, here or at the project that this is a copy of."""
+    for root in (paths.root, project_home(paths.root)):
+        if (record := _recorded(Paths(root, paths.family, paths.cache).inputs(stage))) is not None:
+            return {**record.get("versions", {}), **record.get("files", {})}
+    return {}
+
+
 def _flat(digests: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for reference, value in digests.items():
         if isinstance(value, str):
@@ -92,35 +114,37 @@ def _flat(digests: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield from ((f"{reference}/{name}", digest) for name, digest in value.items())
 
 
-def _sources(sources: Any, cache: Path, *, models: bool = False) -> dict[str, Any]:
+def _sources(sources: Any, known: dict[str, Any], cache: Path, *, models: bool = False) -> dict[str, Any]:
     """Digests of `file:` sources. Others are pinned: by their sha256, or the commit that the cache holds."""
     found = {}
     for source in sources:
         assert isinstance(source, Source)
         if len(source.parts) == 1 and source.parts[0].startswith("file:"):
-            found[source.parts[0]] = _digests(source.parts[0].removeprefix("file:"), cache, models=models)
+            found[source.parts[0]] = _digests(source.parts[0], known, cache, models=models)
     return found
 
 
-def _files(reference: str | None, cache: Path) -> dict[str, Any]:
+def _files(reference: str | None, known: dict[str, Any], cache: Path) -> dict[str, Any]:
     """Digest of a file, or of the model in a folder, that is named by its path; nothing for a hub name."""
     if reference is None or reference.startswith(("hf:", "pypi:")):
         return {}
-    return {reference: _digests(reference, cache, models=True)}
+    return {reference: _digests(reference, known, cache, models=True)}
 
 
-def _digests(reference: str, cache: Path, *, models: bool) -> Any:
-    path = outside(reference)
+def _digests(reference: str, known: dict[str, Any], cache: Path, *, models: bool) -> Any:
+    path = outside(reference.removeprefix("file:"))
     try:
         if path.is_dir():
             return {str(file.relative_to(path)): files.digest_of(file, cache) for file in _walk(path, models)}
         return files.digest_of(path, cache)
     except (FileNotFoundError, NotADirectoryError):
+        if reference in known:
+            return known[reference]
         raise UserError(
-            f"file:{reference} does not exist: check the path (relative paths start at the project folder)"
+            f"{reference} does not exist: check the path (relative paths start at the project folder)"
         ) from None
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"file:{reference} cannot be read ({error}): check the path and its rights") from None
+        raise UserError(f"{reference} cannot be read ({error}): check the path and its rights") from None
 
 
 def _walk(folder: Path, models: bool) -> Iterator[Path]:
@@ -144,17 +168,16 @@ def _libraries(engine: str, family: Family) -> tuple[str, ...]:
     return ("transformers", engine)
 
 
-def _version(library: str, stage: str, family: Family, paths: Paths) -> str | None:
-    """Version without its local part: +cpu and +cu130 give the same results but for rounding, as two devices do."""
+def _version(library: str, family: Family, paths: Paths) -> str | None:
+    """Version without its local part: +cpu and +cu130 give the same results but for rounding, as two devices do.
+
+    None where an engine is not on this machine.
+    """
     if library in ("vllm", "sglang"):
         from specflow.serving.engines import find_install
 
         try:
             return find_install(library, family.serve, paths.cache).version.partition("+")[0]
-        except UserError:  # not on this machine: what another one measured with stays
-            for root in (paths.root, project_home(paths.root)):
-                record = _recorded(Paths(root, paths.family, paths.cache).inputs(stage)) or {}
-                if version := record.get("versions", {}).get(library):
-                    return str(version)
+        except UserError:
             return None
     return metadata.version(library).partition("+")[0]

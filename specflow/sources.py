@@ -58,6 +58,10 @@ def open_binary(path: Path) -> BinaryIO:
 
 def _resolve_file(reference: str, sha256: str | None, cache: Path) -> Path:
     path = outside(reference)
+    try:
+        path.resolve(strict=path.exists())
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, links in a circle
+        raise UserError(f"file:{reference} cannot be read ({error}): check the path and its rights") from None
     if not path.exists():
         raise UserError(f"file:{reference} does not exist: check the path (relative paths start at the project folder)")
     if sha256 is not None:
@@ -214,10 +218,10 @@ def _users_cache(kind: str, name: str, revision: str) -> Path | None:
     from huggingface_hub.file_download import repo_folder_name
 
     cache = Path(constants.HF_HUB_CACHE)
-    folder = cache / repo_folder_name(repo_id=name, repo_type=kind)
     try:
+        folder = cache / repo_folder_name(repo_id=name, repo_type=kind)
         ref = folder / "refs" / revision
         commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
         return cache if any((folder / "snapshots" / commit).iterdir()) else None
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # not there, or no name that a hub has
         return None

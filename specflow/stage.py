@@ -71,9 +71,9 @@ def run_stage(stage: str, name: str, params_path: Path, *, parent_run_id: str | 
     check_listed(stage, name, params)
     configure_logging()
     check_cache(paths.cache)
-    found = inputs.of_family(name, family, params, paths) if stage == "fetch" else {}
+    found = inputs.of_family(family, params, paths) if stage == "fetch" else {}
     if stage != "fetch":
-        inputs.check_unchanged(stage, name, family, params, paths)
+        inputs.check_unchanged(stage, family, params, paths)
     resources = launch.split(stage, name, stage_resources(paths.root, stage, family))
     with leases.lease(launch.own_devices(resources), f"{stage}@{name}", allow_cpu=family.allow_cpu) as lease:
         from specflow.tracking import record
@@ -101,7 +101,7 @@ def run_inputs(name: str, params_path: Path) -> None:
     check_listed("inputs", name, params)
     configure_logging()
     check_cache(paths.cache)
-    changed = inputs.write(inputs.of_family(name, family, params, paths), paths)
+    changed = inputs.write(inputs.of_family(family, params, paths), paths)
     logger.info("inputs@%s: %s", name, f"changed for {', '.join(changed)}" if changed else "as they were")
 
 
@@ -109,7 +109,7 @@ def inputs_are_current(name: str, params_path: Path) -> bool:
     """Whether `run_inputs` would change nothing; an error is its to raise, in the stage's own name."""
     try:
         params, paths = load_project(params_path, name)
-        return inputs.are_current(inputs.of_family(name, params.family(name), params, paths), paths)
+        return inputs.are_current(inputs.of_family(params.family(name), params, paths), paths)
     except UserError:
         return False
 
@@ -123,7 +123,7 @@ def run_share(stage: str, name: str, params_path: Path, share: Share, *, first: 
     family = params.family(name)
     check_listed(stage, name, params)
     configure_logging()
-    inputs.check_unchanged(stage, name, family, params, paths)
+    inputs.check_unchanged(stage, family, params, paths)
     resources = stage_resources(paths.root, stage, family)
     with leases.lease(resources, f"{stage}@{name}", allow_cpu=family.allow_cpu) as lease:
         run_function = _load(STAGES[stage][0], "run_first" if first else "run_share")

@@ -50,7 +50,7 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def refresh(raw: dict[str, Any]) -> list[str]:
     params = parse_params(raw)
     paths = Paths(Path(), "tiny", Path("cache"))
-    return inputs.write(inputs.of_family("tiny", params.family("tiny"), params, paths), paths)
+    return inputs.write(inputs.of_family(params.family("tiny"), params, paths), paths)
 
 
 @pytest.mark.parametrize(
@@ -88,11 +88,21 @@ def test_a_stage_stops_at_a_file_that_changed_since(outside: dict[str, Any], tmp
     append("one.json")(tmp_path)
     append("draft/model.safetensors")(tmp_path)
     for stage in ("sample", "extract", "bench"):
-        inputs.check_unchanged(stage, "tiny", family, params, paths)
+        inputs.check_unchanged(stage, family, params, paths)
     with pytest.raises(UserError, match=r"^file:one.json changed since it was fetched: run `dvc repro`"):
-        inputs.check_unchanged("prepare", "tiny", family, params, paths)
+        inputs.check_unchanged("prepare", family, params, paths)
     with pytest.raises(UserError, match=r"^draft/model.safetensors changed since"):
-        inputs.check_unchanged("train_offline", "tiny", family, params, paths)
+        inputs.check_unchanged("train_offline", family, params, paths)
+
+
+def test_data_that_was_read_and_cleaned_away_changes_nothing(outside: dict[str, Any], tmp_path: Path) -> None:
+    refresh(outside)
+    shutil.rmtree(tmp_path / "data")
+    (tmp_path / "one.json").unlink()
+    assert refresh(outside) == []
+    outside["families"]["tiny"]["data"]["sources"].append({"source": "file:two.json"})
+    with pytest.raises(UserError, match=r"file:two\.json does not exist"):
+        refresh(outside)
 
 
 def test_versions_are_public_ones_of_what_a_stage_runs(

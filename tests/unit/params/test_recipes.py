@@ -76,7 +76,7 @@ def test_dvc_makes_the_stages_of_all_recipes_and_the_matrix_follows_the_lists(pr
     expected = {"report"}
     for way, names in (("offline", params.offline), ("online", params.online)):
         for name in names:
-            common = ["fetch", "prepare", "sample", "vocab", "export", "bench"]
+            common = ["inputs", "fetch", "prepare", "sample", "vocab", "export", "bench"]
             expected |= {f"{stage}@{name}" for stage in [*common, *ways[way]]}
     assert len(params.families) == len(RECIPES) + 1 and stages == expected
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from specflow import config
 from specflow.errors import UserError
 from specflow.paths import Paths
-from specflow.targets import fetch
+from specflow.serving import family as serving
+from specflow.targets import fetch, template
 from specflow.targets.model import load_embedding, load_lm_head, load_model, load_tokenizer, read_facts
 from tests.toys import CHATML, make_conversations_file, make_prompt_set_file, make_tiny_target, make_tiny_tokenizer
 
@@ -129,6 +130,22 @@ def test_other_weights_at_the_same_place_are_refused(tmp_path: Path, loads: Any)
     weights.unlink()
     with pytest.raises(UserError, match=r"model.safetensors is gone since it was fetched"):
         loads(facts, tmp_path / "cache")
+
+
+def test_a_template_that_prints_the_date_is_pinned_for_stages_and_servers(tmp_path: Path) -> None:
+    dated = "{{ strftime_now('%d %B %Y') }}{% if loud %}!{% endif %} " + CHATML
+    folder = make_tiny_target(tmp_path / "tiny", chat_template=dated)
+    facts = facts_of(folder, tmp_path, template_options={"loud": True})
+    assert facts.template_date == "2024-07-26"
+    messages = [{"role": "user", "content": "q"}]
+    tokenizer = load_tokenizer(facts, tmp_path / "cache")
+    assert template.render(tokenizer, messages, True).startswith("26 July 2024! <|im_start|>user")
+    paths = Paths(tmp_path, "tiny", tmp_path / "cache")
+    option, file = serving._target_args(facts, paths)
+    assert option == "--chat-template"
+    tokenizer.chat_template = Path(file).read_text()  # what a server renders: the same day, options as asked for
+    assert template.render(tokenizer, messages, True).startswith("26 July 2024 <|im_start|>user")
+    assert facts_of(make_tiny_target(tmp_path / "plain"), tmp_path).template_date is None
 
 
 def test_bad_targets_are_one_line(tmp_path: Path) -> None:
