@@ -98,7 +98,7 @@ def make_trainer(documents: list[Document], ttt_steps: int) -> Trainer:
         full_head=table,
         features=NoFeatures(documents),
         config=Train(ttt_steps=ttt_steps, epochs=1),
-        checkpoints=Checkpoints(Path("/nonexistent"), "benchmark"),
+        checkpoints=Checkpoints(Path("/nonexistent")),
         log=lambda values, step: None,
         device=torch.device("cpu"),
     )

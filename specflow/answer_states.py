@@ -51,8 +51,7 @@ def keeping(
     serve = check_settings(family.serve, facts, longest)
     aux_layer_ids = resolve_aux_layer_ids(facts, family.extract)
     parked = parked_states(family, facts, paths, aux_layer_ids)
-    parked.folder.mkdir(parents=True, exist_ok=True)
-    parked.discard_others()
+    parked.begin()
     check_disk(parked.folder, sum(lengths) * bytes_per_token(facts.hidden_size, len(aux_layer_ids), facts.dtype))
     concurrency = family.sample.concurrency
     with scratch_folder(parked.folder, parked.folder) as scratch:

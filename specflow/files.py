@@ -6,13 +6,20 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from specflow.errors import UserError
+
+KEPT_S = 7 * 24 * 3600.0
+"""How long what a killed process left is kept where nobody can tell any more whether it is needed."""
+_TEMPORARY = re.compile(r"\..+\.(.+)-(\d+)\.tmp")
+"""Names of `atomic_path`; nodes may share the folder."""
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -47,7 +54,7 @@ def digest_of(path: Path, cache: Path) -> str:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` (a file or folder to create) that takes its name only on success."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")  # nodes may share the folder
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
     remove(temporary)
     try:
         yield temporary
@@ -56,6 +63,32 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         remove(temporary)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left of unfinished files and folders below `folder`.
+
+    Of this machine where no process of that number was there when it was written; of others, which may be at work on a
+    shared file system, after KEPT_S.
+    """
+    for place, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            if (match := _TEMPORARY.fullmatch(name)) and _left_behind(Path(place) / name, match[0], int(match[2])):
+                remove(Path(place) / name)
+
+
+def _left_behind(temporary: Path, name: str, pid: int) -> bool:
+    import psutil
+
+    try:
+        written = temporary.stat().st_mtime
+        if not name.endswith(f".{platform.node()}-{pid}.tmp"):
+            return time.time() - written > KEPT_S
+        return bool(psutil.Process(pid).create_time() > written)  # the number was given to another process since
+    except psutil.NoSuchProcess:
+        return True
+    except FileNotFoundError:
+        return False
 
 
 def remove(path: Path) -> None:
@@ -114,11 +147,13 @@ def read_jsonl(path: Path, *, what: str = "file", made_by: str | None = None) ->
     return rows
 
 
-def read_rows(path: Path, key: str) -> dict[str, Any]:
-    """Finished rows by id of a `RowLog` file, which another process may be writing; none of another key."""
+def read_rows(path: Path, key: str) -> dict[str, Any] | None:
+    """Finished rows by id of a `RowLog` file, which another process may be writing; None of another key."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    if not lines or json.loads(lines[0]) != {"key": key}:
+    if not lines:
         return {}
+    if json.loads(lines[0]) != {"key": key}:
+        return None
     return {row["id"]: row for row in map(json.loads, lines[1:])}
 
 
@@ -132,7 +167,8 @@ class RowLog:
     def __init__(self, path: Path, key: str) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows = read_rows(path, key)
+        found = read_rows(path, key)
+        self.rows, self.discarded = found or {}, found is None
         with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
             for value in [{"key": key}, *self.rows.values()]:
                 stream.write(json.dumps(value, ensure_ascii=False) + "\n")

@@ -98,10 +98,10 @@ class HiddenStateStore:
         self._dtype = getattr(torch, manifest.dtype)
 
     @classmethod
-    def open(cls, manifest_path: Path, expect: Expected | None = None, *, verify: bool = False) -> HiddenStateStore:
+    def open(cls, manifest_path: Path, expect: Expected | None = None) -> HiddenStateStore:
         """Open the store of a manifest, after checking what it was made from and that its shards are all there.
 
-        Sizes of shards are always checked, digests with `verify`. Raises UserError for what does not fit.
+        Raises UserError for what does not fit; `verify` looks further than the shards' sizes.
         """
         raw = read_json(manifest_path, what="hidden-state manifest", made_by="dvc repro extract@<family>")
         manifest = Manifest.model_validate(raw)
@@ -109,14 +109,19 @@ class HiddenStateStore:
         if expect is not None:
             _check_expected(manifest_path, manifest, expect)
         for shard in manifest.shards:
-            store._check_shard(shard, verify)
+            store._check_shard(shard, verify=False)
         return store
+
+    def verify(self) -> None:
+        """Raise UserError where a shard's digest is not the manifest's; fetches what a shared store has."""
+        for shard in self.manifest.shards:
+            self._check_shard(shard, verify=True)
 
     @property
     def _fix(self) -> str:
         return f"run `dvc repro -f extract@{self.manifest.family}`"
 
-    def _check_shard(self, shard: ShardInfo, verify: bool) -> None:
+    def _check_shard(self, shard: ShardInfo, *, verify: bool) -> None:
         path = self.folder / shard.file
         if not path.exists() and self.manifest.store is not None:
             if verify:

@@ -83,8 +83,17 @@ class Paths:
 
     @property
     def state(self) -> Path:
-        """Resume logs, checkpoints and the hidden-state store: kept outside DVC outs, which DVC deletes first."""
+        """Resume logs, checkpoints and the hidden-state store: kept outside DVC outs, which DVC deletes first.
+
+        An experiment's copy shares it with the project, so what is written there has a folder by its key (`resume.py`).
+        """
         return project_home(self.root) / ".specflow" / self.family
+
+    @property
+    def servers(self) -> Path:
+        """Folder of the output of servers that a stage starts; an experiment's copy has its own."""
+        copy = self.root.resolve()
+        return self.state / "servers" / ("" if copy == project_home(copy) else copy.name)
 
 
 def project_home(root: Path) -> Path:

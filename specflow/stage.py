@@ -24,6 +24,7 @@ from specflow.gpus.resources import stage_resources
 from specflow.paths import Paths, outside
 from specflow.sharding import launch
 from specflow.sharding.shares import Share
+from specflow.watch import end_with_dvc
 
 STAGES = {
     "fetch": ("specflow.targets.fetch", "run"),
@@ -66,10 +67,12 @@ def run_stage(stage: str, name: str, params_path: Path, *, parent_run_id: str | 
     Its devices are leased first, so neither its time nor its record counts the wait for them. The metrics get
     `seconds` and, where there were GPUs, their cost. Raises UserError for whatever the user can mend.
     """
+    end_with_dvc()
     params, paths = load_project(params_path, name)
     family = params.family(name)
     check_listed(stage, name, params)
     configure_logging()
+    files.remove_leftovers(paths.base)
     check_cache(paths.cache)
     found = inputs.of_family(family, params, paths) if stage == "fetch" else {}
     if stage != "fetch":
@@ -172,6 +175,7 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 def run_report(params_path: Path, *, parent_run_id: str | None = None) -> None:
     """Write the report over every listed family and link the runs that this pipeline run reused."""
+    end_with_dvc()
     params, _ = load_project(params_path, "report")
     configure_logging()
     from specflow.tracking import record
@@ -179,6 +183,8 @@ def run_report(params_path: Path, *, parent_run_id: str | None = None) -> None:
     all_paths = {name: family_paths(name, params) for name in listed_families(params)}
     if not all_paths:
         raise UserError("nothing to report: params.yaml lists no family in offline or online")
+    for folder in {folder for paths in all_paths.values() for folder in (paths.base, paths.report)}:
+        files.remove_leftovers(folder)
     _load("specflow.report.stage", "run_report")(params, all_paths)
     for name, paths in all_paths.items():
         with record.stage_run("report", name, params, paths, parent_run_id=parent_run_id) as run:

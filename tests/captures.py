@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from specflow.config import Family, Params, parse_params
-from specflow.files import write_json, write_jsonl
+from specflow.files import sha256_json, write_json, write_jsonl
 from specflow.paths import Paths
 from specflow.targets import fetch
 from specflow.targets.model import TargetFacts, read_facts
@@ -42,7 +42,13 @@ class TinyProject:
 
     def run_killed(self, module: str, patch: str, timeout_s: float = 120) -> None:
         """Run a stage in a process of its own that `patch` (Python code) kills with SIGKILL on the way."""
-        write_json(self.root / "settings.json", self.settings)
+        running = self.start_killed(module, patch)
+        _, said = running.communicate(timeout=timeout_s)
+        assert running.returncode == -9, said
+
+    def start_killed(self, module: str, patch: str) -> subprocess.Popen[str]:
+        settings = self.root / f"settings-{sha256_json(self.settings)[:8]}.json"
+        write_json(settings, self.settings)
         code = (
             "import os, signal, json, torch; torch.set_num_threads(1)\n"
             "from pathlib import Path; from specflow.config import parse_params; from specflow.paths import Paths\n"
@@ -50,12 +56,11 @@ class TinyProject:
             "def kill(): os.kill(os.getpid(), signal.SIGKILL)\n"
             f"{patch}\n"
             f"root = Path({str(self.root)!r})\n"
-            "params = parse_params(json.loads((root / 'settings.json').read_text()))\n"
+            f"params = parse_params(json.loads(Path({str(settings)!r}).read_text()))\n"
             "paths = Paths(root, 'tiny', root / 'cache')\n"
             "stage.run('tiny', params.family('tiny'), params, paths, lambda values, step: None)\n"
         )
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout_s)
-        assert result.returncode == -9, result.stderr
+        return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
 
 
 def tiny_project(root: Path, target: Path, **sections: dict[str, Any]) -> TinyProject:

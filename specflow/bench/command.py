@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from specflow.errors import UserError
 from specflow.gpus import leases
 from specflow.gpus.resources import Resources
 from specflow.sharding import launch
-from specflow.sharding.shares import MERGE, WHOLE, Share, delete_logs
+from specflow.sharding.shares import MERGE, WHOLE, Share
 from specflow.stage import configure_logging, quieten_transformers
 
 logger = logging.getLogger("specflow")
@@ -40,12 +41,15 @@ def benchmark(
     workers = num_workers(options)
     job = make_job(family, params_path, folder.resolve(), options)
     path = folder / "job.json"
+    files.remove_leftovers(folder)
     _check_folder(job, folder, path, resume=resume)
     if not (folder / "summary.json").exists():
         measuring.Inputs.load(job)
         job.write(path)
-        measured = _over_workers(job, folder, workers) if workers > 1 else _alone(job)
-        write_results(measured, folder)
+        with ExitStack() as stack:
+            measured = _over_workers(stack, job, folder, workers) if workers > 1 else _alone(stack, job)
+            write_results(measured, folder)
+            measured.state.finish()
         _forget_state(job)
     summary = files.read_json(folder / "summary.json", what="benchmark", made_by="specflow bench --output <folder>")
     return [*table(summary), "", f"Records, summary and settings: {folder}/"]
@@ -61,12 +65,12 @@ def _check_folder(job: Job, folder: Path, path: Path, *, resume: bool) -> None:
     check_same(job, read_job(path), path)
 
 
-def _alone(job: Job) -> measuring.Measured:
+def _alone(stack: ExitStack, job: Job) -> measuring.Measured:
     with leases.lease(_resources(job), f"bench@{job.name}", allow_cpu=True):
-        return measuring.measure(job, WHOLE)
+        return measuring.measure(stack, job, WHOLE)
 
 
-def _over_workers(job: Job, folder: Path, workers: int) -> measuring.Measured:
+def _over_workers(stack: ExitStack, job: Job, folder: Path, workers: int) -> measuring.Measured:
     """What comes first by one process, then the shares side by side, put together here."""
     words = [sys.executable, "-m", "specflow", "bench-worker", str(folder), "--count", str(workers), "--index"]
     shares = [Share(index, workers) for index in range(workers)]
@@ -74,7 +78,7 @@ def _over_workers(job: Job, folder: Path, workers: int) -> measuring.Measured:
     logger.info("%s: %d workers", what, workers)
     launch.run_processes(what, shares[:1], lambda share: [*words, "0", "--first"])
     launch.run_processes(what, shares, lambda share: [*words, str(share.index)])
-    return measuring.measure(job, MERGE)
+    return measuring.measure(stack, job, MERGE)
 
 
 def work_on(folder: Path, share: Share, *, first: bool) -> dict[str, float]:
@@ -92,6 +96,7 @@ def _resources(job: Job) -> Resources:
 
 
 def _forget_state(job: Job) -> None:
-    delete_logs(job.state, "bench")
     (job.state / measuring.MACHINE).unlink(missing_ok=True)
-    job.state.rmdir()
+    with suppress(OSError):  # another process waits there
+        (job.state / "bench").rmdir()
+        job.state.rmdir()

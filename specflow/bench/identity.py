@@ -13,11 +13,9 @@ import transformers
 
 import specflow
 from specflow.errors import UserError
-from specflow.files import sha256_file, sha256_json
+from specflow.files import sha256_file
+from specflow.resume import code_digest
 from specflow.targets.model import TargetFacts
-
-ENGINE_CODE = ("decoding", "drafters", "kernels.py", "targets/attention.py", "targets/cached.py", "bench/runner.py")
-"""Below the package: what a request runs through. Speeds measured by other code are other measurements."""
 
 
 def identity(facts: TargetFacts, draft_folder: Path | None, root: Path, device: torch.device) -> dict[str, Any]:
@@ -31,7 +29,7 @@ def identity(facts: TargetFacts, draft_folder: Path | None, root: Path, device: 
         "platform": platform.platform(),
         "versions": {
             "specflow": specflow.__version__,
-            "engine": engine_digest(),
+            "engine": code_digest(root, "bench"),  # speeds measured by other code are other measurements
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -47,14 +45,6 @@ def identity(facts: TargetFacts, draft_folder: Path | None, root: Path, device: 
         "draft_digest": None if draft_folder is None else draft_digest(draft_folder),
         "git_commit": git_commit(root),
     }
-
-
-def engine_digest() -> str:
-    """Digest of the code that generates, so that benchmarks of different engines are not taken for one another."""
-    package = Path(specflow.__file__).parent
-    files = [file for name in ENGINE_CODE for file in sorted([package / name, *(package / name).glob("*.py")])]
-    digests = [(file.relative_to(package).as_posix(), sha256_file(file)) for file in files if file.is_file()]
-    return sha256_json(digests)[:12]
 
 
 def draft_digest(folder: Path) -> str:

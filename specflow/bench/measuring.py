@@ -6,8 +6,10 @@ Shares (`shares.py`) divide the questions; what is measured once for all of them
 from __future__ import annotations
 
 import gc
+import logging
 import statistics
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -40,7 +42,8 @@ from specflow.drafters.inference import decoding_dtype, prepare
 from specflow.errors import UserError
 from specflow.export.eagle3 import check_export, load_export
 from specflow.export.imports import read_draft
-from specflow.sharding.shares import MERGE, WHOLE, Share, only_key, open_log
+from specflow.resume import State, code_digest, versions
+from specflow.sharding.shares import MERGE, WHOLE, Share, only_key, open_log, open_state
 from specflow.targets.attention import optimise_for_inference
 from specflow.targets.cached import CachedTarget
 from specflow.targets.model import load_model, load_tokenizer
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
     from specflow.drafters.eagle3 import Eagle3Draft
 
 
+logger = logging.getLogger("specflow")
 MACHINE = "machine.json"
 """Beside the logs of a job that must not go on elsewhere: what they were measured on."""
 
@@ -93,11 +97,17 @@ class Inputs:
         }
 
     @property
-    def key(self) -> str:
-        """Digest of all that the records depend on, the machine left out."""
+    def parts(self) -> dict[str, Any]:
+        """All that the records depend on, the machine left out, as `State` takes it."""
         asked = [[q.question_id, q.turns] for questions in [*self.sets.values(), self.tuning] for q in questions]
-        facts, drafts = self.job.target, {k: v for k, v in self.job.digests.items() if k in ("draft", "assistant")}
-        return files.sha256_json([self.settings, asked, facts.digest, facts.template_digest, drafts])
+        drafts = {name: self.job.digests.get(name) for name in ("draft", "assistant")}
+        return {
+            "code": code_digest(self.job.root, "bench"),
+            "versions": versions(),
+            "target": self.job.target.identity,
+            "inputs": {**drafts, "questions": files.sha256_json(asked)},
+            "settings": self.settings,
+        }
 
 
 def _load_draft(job: Job) -> tuple[Eagle3Draft | None, list[str]]:
@@ -116,26 +126,31 @@ class Work:
     inputs: Inputs
     device: torch.device
     about: dict[str, Any]
+    state: State
     log: files.RowLog
 
     @classmethod
-    def open(cls, job: Job, share: Share = WHOLE) -> Work:
+    def open(cls, stack: ExitStack, job: Job, share: Share = WHOLE) -> Work:
+        """`stack` holds the resume state."""
         inputs = Inputs.load(job)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         about = identity(job.target, job.draft if job.has_draft else None, job.root, device)
-        parts = {part: about[part] for part in ("versions", "cpu", "device")}
+        machine = {part: about[part] for part in ("versions", "cpu", "device", "torch_threads")}
         if job.on_other_machine == "refuse" and share != MERGE:
-            _check_machine(job.state / MACHINE, parts)
-        machine = files.sha256_json(list(parts.values()))
-        key = f"{inputs.key}:{machine}"  # times of different machines are not mixed
+            _check_machine(job.state / MACHINE, machine)
+        state = stack.enter_context(open_state(job.state / "bench", f"bench@{job.name}", inputs.parts, share))
+        key = files.sha256_json(machine)  # times of different machines are not mixed
         if share == MERGE:
-            key = only_key(job.state, "bench", f"{inputs.key}:")
-        log = open_log(job.state, "bench", key, share)
+            key = only_key(state.folder, "bench")
+        log = open_log(state.folder, "bench", key, share)
+        stack.callback(log.close)
+        if log.discarded:
+            logger.info("bench@%s starts anew: it was interrupted on another machine or number of threads", job.name)
         if share.count > 1:
             log.append({"id": "identity", **about})
         elif share == MERGE:  # the machine that measured, not the one that puts the records together
             about = {name: value for name, value in log.rows["identity"].items() if name != "id"}
-        return cls(inputs, device, about, log)
+        return cls(inputs, device, about, state, log)
 
     @property
     def job(self) -> Job:
@@ -367,19 +382,20 @@ class Measured:
     sets: Sets
     runner: Runner
     """Renders requests; has no model any more."""
+    state: State
+    """To be finished once the results are written."""
 
 
-def measure(job: Job, share: Share = WHOLE) -> Measured:
-    """The whole job, or with MERGE what its shares left, put together. The logs stay until somebody deletes them."""
-    work = Work.open(job, share)
+def measure(stack: ExitStack, job: Job, share: Share = WHOLE) -> Measured:
+    """The whole job, or with MERGE what its shares left, put together. `stack` holds the resume state."""
+    work = Work.open(stack, job, share)
     if share == MERGE:
         work.check_first()
     else:
         work.measure_first()
     records, runner = work.records(share)
     summary, scored = work.summary(records, runner)
-    work.log.close()
-    return Measured(records, summary, scored, work.inputs.sets, runner)
+    return Measured(records, summary, scored, work.inputs.sets, runner, work.state)
 
 
 def _text_of(tokenizer: PreTrainedTokenizerBase, record: Record) -> str:
@@ -388,14 +404,13 @@ def _text_of(tokenizer: PreTrainedTokenizerBase, record: Record) -> str:
 
 def measure_first(job: Job, share: Share) -> None:
     """What is measured once before the shares."""
-    work = Work.open(job, share)
-    work.measure_first()
-    work.log.close()
+    with ExitStack() as stack:
+        Work.open(stack, job, share).measure_first()
 
 
 def measure_share(job: Job, share: Share) -> None:
     """The questions of one share, by all engines in turn on this process's device."""
-    work = Work.open(job, share)
-    work.check_first()
-    work.records(share)
-    work.log.close()
+    with ExitStack() as stack:
+        work = Work.open(stack, job, share)
+        work.check_first()
+        work.records(share)

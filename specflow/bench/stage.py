@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from specflow.bench.served.measuring import Plan, check_possible
 from specflow.config import Family, Params
 from specflow.errors import UserError
 from specflow.paths import Log, Paths
-from specflow.sharding.shares import WHOLE, Share, delete_logs
+from specflow.sharding.shares import WHOLE, Share
 from specflow.targets.model import read_facts
 
 
@@ -32,17 +33,18 @@ def run(name: str, family: Family, params: Params, paths: Paths, log: Log, share
         check_possible(family, name, paths, serve)
         if share != WHOLE:
             raise UserError("bench.serve measures servers one after the other: set resources.bench.shards to 1")
-    measured = measuring.measure(family_job(name, family, params, paths), share)
-    summary, served = measured.summary, {}
-    if serve is None:
-        results.forget(paths)
-    else:
-        requests, k = _served_requests(measured, serve.num_prompts), summary["num_speculative_tokens"]
-        plan = Plan(name, family, paths, read_facts(paths.target), serve, requests, k)
-        served = results.headline(results.run(plan, params, measured.records, paths.bench))
-    write_results(measured, paths.bench)
-    _write_plots(summary, paths)
-    delete_logs(paths.state, "bench")
+    with ExitStack() as stack:
+        measured = measuring.measure(stack, family_job(name, family, params, paths), share)
+        summary, served = measured.summary, {}
+        if serve is None:
+            results.forget(paths)
+        else:
+            requests, k = _served_requests(measured, serve.num_prompts), summary["num_speculative_tokens"]
+            plan = Plan(name, family, paths, read_facts(paths.target), serve, requests, k)
+            served = results.headline(results.run(plan, params, measured.records, paths.bench))
+        write_results(measured, paths.bench)
+        _write_plots(summary, paths)
+        measured.state.finish()
     return headline(summary) | served
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,21 +17,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from specflow.files import sha256_bytes, sha256_file, sha256_json, write_json
+from specflow.files import KEPT_S, sha256_bytes, sha256_file, sha256_json, write_json, write_text
+from specflow.resume import code_digest, versions
 
 if TYPE_CHECKING:
+    from specflow.paths import Paths
     from specflow.targets.model import TargetFacts
 
 
+WORKSPACE = "workspace"
+"""File in each folder: the workspace that filled it, the project's own or an experiment's copy."""
+
+
 class ParkedStates:
-    """`folder` is that of one target, engine, set of layers and flags; no other's states are found in it."""
+    """`folder` is that of one target, engine, code, set of layers and flags; no other's states are found in it."""
 
     def __init__(
-        self, state: Path, facts: TargetFacts, engine: str, layer_ids: Sequence[int], flags: Sequence[str]
+        self, paths: Paths, facts: TargetFacts, engine: str, layer_ids: Sequence[int], flags: Sequence[str]
     ) -> None:
         """`engine` has the version in it, `layer_ids` are those asked for, `flags` words of its command line."""
-        made_from = [facts.digest, facts.dtype, engine, list(layer_ids), list(flags)]
-        self.folder = state / "parked" / sha256_json(made_from)[:16]
+        made_by = [code_digest(paths.root, "extract"), versions(), engine, list(layer_ids), list(flags)]
+        self.folder = paths.state / "parked" / sha256_json([facts.identity, *made_by])[:16]
+        self._workspace = str(paths.root.resolve())
         self._shape = (len(layer_ids), facts.hidden_size)
 
     def put(self, tokens: Sequence[int], file: Path, next_token: int) -> None:
@@ -63,11 +71,23 @@ class ParkedStates:
         """Bytes on disk of those of `rows` that are here."""
         return sum(path.stat().st_size for path, record in map(self._paths, rows) if record.exists() and path.exists())
 
-    def discard_others(self) -> None:
-        """Delete what was parked for another target, engine or set of layers: nobody will ask for it."""
+    def begin(self) -> None:
+        """Make the folder, and delete what this workspace, or one that is gone, has parked for another target, engine
+        or set of layers: nobody will ask for it.
+        """
+        write_text(self.folder / WORKSPACE, self._workspace)
         for other in self.folder.parent.glob("*"):
-            if other != self.folder:
+            if other != self.folder and not self._awaited(other):
                 shutil.rmtree(other, ignore_errors=True)
+
+    def _awaited(self, folder: Path) -> bool:
+        """Whether an experiment that samples or extracts now may ask for what is there."""
+        try:
+            filled_by = (folder / WORKSPACE).read_text(encoding="utf-8")
+            fresh = time.time() - folder.stat().st_mtime < KEPT_S
+        except OSError:
+            return False
+        return filled_by != self._workspace and Path(filled_by).exists() and fresh
 
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -11,9 +11,10 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -33,7 +34,8 @@ from specflow.hidden_states import (
     ShardWriter,
     bytes_per_token,
 )
-from specflow.sharding.shares import WHOLE, Share
+from specflow.resume import State, code_digest, versions
+from specflow.sharding.shares import WHOLE, Share, open_state
 from specflow.targets.model import TargetFacts, load_model, read_facts, resolve_aux_layer_ids
 
 if TYPE_CHECKING:
@@ -51,30 +53,18 @@ DISK_MARGIN = 0.95
 
 def run(name: str, family: Family, params: Params, paths: Paths, log: Log, share: Share = WHOLE) -> dict[str, float]:
     """Capture both splits and write the manifest; shards that an earlier run or shares finished are kept."""
-    work = _Work.open(name, family, paths, params.store)
-    done = work.finished(share)
-    missing = [shard for shard in work.shards if shard.number not in done]
-    share.check_nothing_left("extract", sum(len(shard.rows) for shard in missing))
-    captured, measured = work.capture(missing)
-    done |= captured
-    manifest = Manifest(
-        family=name,
-        target_digest=work.facts.digest,
-        tokenizer_digest=work.facts.tokenizer_digest,
-        template_digest=work.facts.template_digest,
-        samples_digest=work.samples_digest,
-        engine=work.engine,
-        aux_layer_ids=work.aux_layer_ids,
-        dtype=work.settings.dtype,
-        hidden_size=work.facts.hidden_size,
-        folder=os.path.relpath(work.folder, paths.manifest.parent),
-        store=work.shards[0].store,
-        shards=[done[shard.number] for shard in work.shards],
-        rows=[row for shard in work.shards for row in shard.rows],
-    )
-    write_json(paths.manifest, manifest.model_dump(mode="json"), indent=None)
-    if work.parked is not None:
-        work.parked.clear()  # of rows that are not in the store
+    with ExitStack() as stack:
+        work = _Work.open(stack, name, family, paths, params.store, share)
+        done = work.finished(share)
+        missing = [shard for shard in work.shards if shard.number not in done]
+        share.check_nothing_left("extract", sum(len(shard.rows) for shard in missing))
+        captured, measured = work.capture(missing)
+        done |= captured
+        manifest = work.manifest(done)
+        write_json(paths.manifest, manifest.model_dump(mode="json"), indent=None)
+        if work.parked is not None:
+            work.parked.clear()  # of rows that are not in the store
+        work.state.finish(keep=True)
     return {
         **work.counts,
         "captured_rows": len(work.kept),
@@ -92,10 +82,11 @@ def run_share(name: str, family: Family, params: Params, paths: Paths, share: Sh
     A file is the unit because no batch crosses one: what is computed side by side, and with it every rounding, is the
     same in however many processes.
     """
-    work = _Work.open(name, family, paths, params.store)
-    done = work.finished(share)
-    own = [shard for shard in work.shards if share.owns(shard.number)]
-    return work.capture([shard for shard in own if shard.number not in done])[1]
+    with ExitStack() as stack:
+        work = _Work.open(stack, name, family, paths, params.store, share)
+        done = work.finished(share)
+        own = [shard for shard in work.shards if share.owns(shard.number)]
+        return work.capture([shard for shard in own if shard.number not in done])[1]
 
 
 @dataclass
@@ -114,12 +105,14 @@ class _Work:
     kept: list[SampleRow]
     counts: dict[str, float]
     shards: list[PlannedShard]
-    folder: Path
+    state: State
+    """Its folder is the store."""
     parked: ParkedStates | None
     """What may have come with the answers (vllm)."""
 
     @classmethod
-    def open(cls, name: str, family: Family, paths: Paths, store: str | None) -> _Work:
+    def open(cls, stack: ExitStack, name: str, family: Family, paths: Paths, store: str | None, share: Share) -> _Work:
+        """`stack` holds the store."""
         facts, settings = read_facts(paths.target), family.extract
         aux_layer_ids = resolve_aux_layer_ids(facts, settings)
         files = {split: paths.samples / f"{split}.jsonl" for split in SPLITS}
@@ -127,18 +120,16 @@ class _Work:
         samples = {split: read_jsonl(file, what="samples", made_by=made_by) for split, file in files.items()}
         samples_digest = sha256_json({split: sha256_file(file) for split, file in files.items()})
         engine = engine_name(family, paths)
-        flags = family.serve.extra_args if settings.engine == "vllm" else []  # may change what is computed
-        key = _store_key(facts, [engine, *flags], settings, aux_layer_ids, samples_digest)
         kept, counts = select_rows(samples, settings)
         if not kept:
             raise UserError(
                 f"extract: none of {counts['rows']} sample rows has a supervised token: run `{made_by}` again"
             )
         token_bytes = bytes_per_token(facts.hidden_size, len(aux_layer_ids), settings.dtype)
-        url = None if store is None else f"{store.rstrip('/')}/{name}/{key}"
-        shards = plan_shards(kept, max(settings.shard_bytes // token_bytes, 1), key, url)
-        folder = paths.state / "hidden_states" / key
-        folder.mkdir(parents=True, exist_ok=True)
+        parts = _key(facts, engine, family, paths.root, aux_layer_ids, samples_digest)
+        state = stack.enter_context(open_state(paths.state / "hidden_states", f"extract@{name}", parts, share))
+        url = None if store is None else f"{store.rstrip('/')}/{name}/{state.key}"
+        shards = plan_shards(kept, max(settings.shard_bytes // token_bytes, 1), state.key, url)
         parked = None
         if settings.engine == "vllm":
             parked = vllm.parked_states(family, facts, paths, aux_layer_ids)
@@ -154,8 +145,30 @@ class _Work:
             kept,
             counts,
             shards,
-            folder,
+            state,
             parked,
+        )
+
+    @property
+    def folder(self) -> Path:
+        return self.state.folder
+
+    def manifest(self, done: dict[int, ShardInfo]) -> Manifest:
+        """Of the whole store, once every shard is among `done`."""
+        return Manifest(
+            family=self.name,
+            target_digest=self.facts.digest,
+            tokenizer_digest=self.facts.tokenizer_digest,
+            template_digest=self.facts.template_digest,
+            samples_digest=self.samples_digest,
+            engine=self.engine,
+            aux_layer_ids=self.aux_layer_ids,
+            dtype=self.settings.dtype,
+            hidden_size=self.facts.hidden_size,
+            folder=os.path.relpath(self.folder, self.paths.manifest.parent),
+            store=self.shards[0].store,
+            shards=[done[shard.number] for shard in self.shards],
+            rows=[row for shard in self.shards for row in shard.rows],
         )
 
     def finished(self, share: Share) -> dict[int, ShardInfo]:
@@ -207,19 +220,22 @@ def engine_name(family: Family, paths: Paths) -> str:
     return f"transformers {transformers.__version__}"
 
 
-def _store_key(
-    facts: TargetFacts, engine: list[str], settings: Extract, aux_layer_ids: list[int], samples_digest: str
-) -> str:
-    identity = {
-        "engine": engine,
-        "target": [facts.digest, facts.dtype],
-        "tokenizer": facts.tokenizer_digest,
-        "template": facts.template_digest,
-        "samples": samples_digest,
-        "aux_layer_ids": aux_layer_ids,
-        "settings": settings.model_dump(mode="json", exclude={"aux_layer_ids", "engine"}),
+def _key(
+    facts: TargetFacts, engine: str, family: Family, root: Path, aux_layer_ids: list[int], samples_digest: str
+) -> dict[str, Any]:
+    """What the shards depend on."""
+    settings = family.extract
+    return {
+        "code": code_digest(root, "extract"),
+        "versions": versions() | {"engine": engine},
+        "target": facts.identity,
+        "inputs": samples_digest,
+        "settings": {
+            **settings.model_dump(mode="json", exclude={"aux_layer_ids"}),
+            "aux_layer_ids": aux_layer_ids,
+            "flags": family.serve.extra_args if settings.engine == "vllm" else [],  # may change what is computed
+        },
     }
-    return sha256_json(identity)[:16]
 
 
 def plan_shards(rows: Sequence[SampleRow], shard_tokens: int, key: str, store: str | None = None) -> list[PlannedShard]:

@@ -67,7 +67,7 @@ def parked_states(family: Family, facts: TargetFacts, paths: Paths, aux_layer_id
     """Where `sample` leaves the states of its answers and `extract` looks for them."""
     layers = Layers(tuple(aux_layer_ids), facts.num_hidden_layers)
     engine = engine_name(family.serve, paths.cache)
-    return ParkedStates(paths.state, facts, engine, layers.asked, family.serve.extra_args)
+    return ParkedStates(paths, facts, engine, layers.asked, family.serve.extra_args)
 
 
 def capture(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,11 @@ import transformers
 from tqdm import tqdm
 
 from specflow.errors import UserError
-from specflow.files import RowLog, read_jsonl, sha256_file, sha256_json, write_jsonl
+from specflow.files import RowLog, read_jsonl, sha256_file, write_jsonl
+from specflow.resume import State, code_digest, versions
 from specflow.sample import generation, served
 from specflow.sample.dialogue import Conversation, Turns
-from specflow.sharding.shares import WHOLE, Share, delete_logs, open_log
+from specflow.sharding.shares import WHOLE, Share, open_log, open_state
 from specflow.targets import template
 from specflow.targets.model import TargetFacts, load_model, load_tokenizer, read_facts
 
@@ -34,17 +36,15 @@ SPLITS = ("train", "eval")
 
 def run(name: str, family: Family, params: Params, paths: Paths, log: Log, share: Share = WHOLE) -> dict[str, float]:
     """Write samples/{train,eval}.jsonl in the order of the prompts; what a killed run or shares finished is kept."""
-    work = _Work.open(name, family, paths, share)
-    resumed = sum(len(log.rows) for log in work.logs.values())
-    share.check_nothing_left("sample", len(work.split_of) - resumed)
-    tok_s = work.answer(family, share)
-    rows = {split: _in_order(work.prompts[split], work.logs[split]) for split in SPLITS}
-    for split in SPLITS:
-        write_jsonl(paths.samples / f"{split}.jsonl", rows[split])
-    for split in SPLITS:
-        work.logs[split].close()
-        delete_logs(paths.state, f"sample-{split}")
-    metrics = {**_metrics(rows), "refused_conversations": _total(work, "refused"), "resumed_conversations": resumed}
+    with closing(_Work.open(name, family, paths, share)) as work:
+        resumed = sum(len(log.rows) for log in work.logs.values())
+        share.check_nothing_left("sample", len(work.split_of) - resumed)
+        tok_s = work.answer(family, share)
+        rows = {split: _in_order(work.prompts[split], work.logs[split]) for split in SPLITS}
+        metrics = {**_metrics(rows), "refused_conversations": _total(work, "refused"), "resumed_conversations": resumed}
+        for split in SPLITS:
+            write_jsonl(paths.samples / f"{split}.jsonl", rows[split])
+        work.state.finish()
     if family.sample.keep_states:
         metrics |= {count: _total(work, count) for count in ("rows_with_states", "recomputed_tokens")}
     return {**metrics, "tok_s": tok_s}
@@ -52,11 +52,8 @@ def run(name: str, family: Family, params: Params, paths: Paths, log: Log, share
 
 def run_share(name: str, family: Family, params: Params, paths: Paths, share: Share) -> dict[str, float]:
     """Answer the conversations of one share and leave them in its own logs; returns its speed."""
-    work = _Work.open(name, family, paths, share)
-    tok_s = work.answer(family, share)
-    for split in SPLITS:
-        work.logs[split].close()
-    return {"tok_s": tok_s}
+    with closing(_Work.open(name, family, paths, share)) as work:
+        return {"tok_s": work.answer(family, share)}
 
 
 @dataclass
@@ -70,6 +67,7 @@ class _Work:
     prompts: dict[str, list[Any]]
     split_of: dict[str, str]
     limit: int
+    state: State
     logs: dict[str, RowLog]
     """By split: what this process appends to, and all that is finished."""
 
@@ -82,11 +80,19 @@ class _Work:
         prompts = {split: read_jsonl(file, what="prompts", made_by=made_by) for split, file in files.items()}
         split_of = _split_of(prompts, made_by)
         limit = min(family.extract.max_length_tokens, facts.max_position_embeddings)
-        logs = {}
-        for split, file in files.items():
-            key = _resume_key(facts, family, paths, limit, sha256_file(file), split)
-            logs[split] = open_log(paths.state, f"sample-{split}", key, share)
-        return cls(name, facts, tokenizer, paths, prompts, split_of, limit, logs)
+        prompts_digests = {split: sha256_file(file) for split, file in files.items()}
+        state = open_state(paths.state / "sample", f"sample@{name}", _key(facts, family, paths, prompts_digests), share)
+        try:
+            logs = {split: open_log(state.folder, f"sample-{split}", state.key, share) for split in SPLITS}
+        except BaseException:
+            state.close()
+            raise
+        return cls(name, facts, tokenizer, paths, prompts, split_of, limit, state, logs)
+
+    def close(self) -> None:
+        for log in self.logs.values():
+            log.close()
+        self.state.close()
 
     def answer(self, family: Family, share: Share) -> float:
         """Complete the conversations of `share` that no log has; returns generated tokens per second, 0 without any."""
@@ -152,24 +158,18 @@ def _split_of(prompts: dict[str, list[Any]], made_by: str) -> dict[str, str]:
     return split_of
 
 
-def _resume_key(facts: TargetFacts, family: Family, paths: Paths, limit: int, prompts_digest: str, split: str) -> str:
-    """Digest of what the rows depend on. How many run side by side is left out: a row does not depend on others."""
+def _key(facts: TargetFacts, family: Family, paths: Paths, prompts_digests: dict[str, str]) -> dict[str, Any]:
+    """What the rows depend on. How many run side by side is left out: a row does not depend on others."""
     settings = family.sample
-    served_by = {"served_by": served.identity(family, paths)} if settings.engine in served.ENGINES else {}
-    return sha256_json(
-        {
-            "target": facts.digest,
-            "tokenizer": facts.tokenizer_digest,
-            "template": facts.template_digest,
-            "eos": facts.eos_token_ids,
-            "settings": settings.model_dump(mode="json", exclude={"batch_size", "concurrency"}),
-            "max_length_tokens": limit,
-            "prompts": prompts_digest,
-            "split": split,
-            "engine": _engine_name(settings),
-            **served_by,
-        }
-    )
+    served_by = served.identity(family, paths) if settings.engine in served.ENGINES else {}
+    return {
+        "code": code_digest(paths.root, "sample"),
+        "versions": versions() | {"served_by": served_by.pop("version", None)},
+        "target": facts.identity,
+        "inputs": prompts_digests,
+        "settings": settings.model_dump(mode="json", exclude={"batch_size", "concurrency"})
+        | {"max_length_tokens": family.extract.max_length_tokens, "serve": served_by},
+    }
 
 
 def _engine_name(settings: Sample) -> str:

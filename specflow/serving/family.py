@@ -108,7 +108,7 @@ def child_server(
     chosen = port or free_port()
     started = edit(launch_for(family, name, paths, engine=engine, port=chosen, draft=draft,
                               num_speculative_tokens=num_speculative_tokens))  # fmt: skip
-    log = paths.state / "servers" / f"{log_name}.log"
+    log = paths.servers / f"{log_name}.log"
     model = family.serve.model_name or name
     with running(started, port=chosen, model=model, log=log, start_timeout_s=family.serve.start_timeout_s) as server:
         yield server

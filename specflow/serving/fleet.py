@@ -129,7 +129,7 @@ class Replicas:
         return server.endpoint
 
     def _log(self, number: int, suffix: str = "") -> Path:
-        return self.paths.state / "servers" / f"{self.log_name}-{number}{suffix}.log"
+        return self.paths.servers / f"{self.log_name}-{number}{suffix}.log"
 
     async def _stop(self) -> None:
         await asyncio.gather(*(asyncio.to_thread(server.stop) for server in self._servers.values()))

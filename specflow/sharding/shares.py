@@ -7,13 +7,14 @@ it had been killed and resumed, and writes its outputs. What starts the processe
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from specflow.errors import UserError
 from specflow.files import RowLog, read_rows
+from specflow.resume import State
 
 
 @dataclass(frozen=True)
@@ -45,34 +46,36 @@ MERGE = Share(0, 0)
 """No row at all: what the shares left is put together."""
 
 
+def open_state(base: Path, what: str, parts: Mapping[str, Any], share: Share) -> State:
+    """The state of a run, which its shares write together and everybody else alone."""
+    return State(base, what, parts, part=share.name if share.count > 1 else None)
+
+
 def open_log(state: Path, stem: str, key: str, share: Share) -> RowLog:
-    """The log that a process appends to, of the whole stage or of its share; its `rows` are those of all logs."""
+    """The log that a process appends to, of the whole stage or of its share; its `rows` are those of all logs.
+
+    `state` is the folder of the run.
+    """
     own = state / (f"{stem}.{share.name}.jsonl" if share.count > 1 else f"{stem}.jsonl")
     others: dict[str, Any] = {}
     for path in _files(state, stem):
         if path != own:
-            others |= read_rows(path, key)
+            others |= read_rows(path, key) or {}
     log = RowLog(own, key)
     log.rows = others | log.rows
     return log
 
 
-def only_key(state: Path, stem: str, prefix: str) -> str:
-    """The key, beginning with `prefix`, under which the shares wrote. Raises UserError unless they agree on it."""
+def only_key(state: Path, stem: str) -> str:
+    """The key under which the shares wrote. Raises UserError unless they agree on it."""
     heads = [path.read_bytes().partition(b"\n") for path in _files(state, stem) if path.exists()]
-    keys = {key for head, end, _ in heads if end and (key := json.loads(head)["key"]).startswith(prefix)}
+    keys = {json.loads(head)["key"] for head, end, _ in heads if end}
     if len(keys) != 1:
         raise UserError(
             f"{stem}: shares of {len(keys)} kinds of machine or software: use one kind of node, delete "
             f"{state / stem}.*jsonl and run the stage again"
         )
     return keys.pop()
-
-
-def delete_logs(state: Path, stem: str) -> None:
-    """Forget the resume state of a stage that has written its outputs."""
-    for path in _files(state, stem):
-        path.unlink(missing_ok=True)
 
 
 def _files(state: Path, stem: str) -> Iterator[Path]:

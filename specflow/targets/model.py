@@ -68,6 +68,13 @@ class TargetFacts(BaseModel):
     """What a template that prints today's date prints instead (date.py); None where it prints none."""
     trust_remote_code: bool = False
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What results of this target depend on: weights, tokenizer, template, dtype and end tokens."""
+        return self.model_dump(
+            include={"digest", "tokenizer_digest", "template_digest", "template_options", "dtype", "eos_token_ids"}
+        )
+
     def path(self, cache: Path) -> Path:
         folder = cache / self.folder
         if not (folder / "config.json").exists():

@@ -1,7 +1,6 @@
-"""One checkpoint file per run key: everything an interrupted run needs to go on bitwise as if it had not stopped.
+"""One checkpoint file per run: everything an interrupted run needs to go on bitwise as if it had not stopped.
 
-Lives outside DVC's outputs, which DVC deletes before a stage runs; the key is a digest of all that the run depends
-on, so a changed setting starts afresh and an unchanged one resumes.
+Lives in the run's resume state (`resume.py`), outside DVC's outputs, which DVC deletes before a stage runs.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from specflow.files import atomic_path, remove
+from specflow.files import atomic_path
 
 
 @dataclass
@@ -31,11 +30,9 @@ class Progress:
 
 
 class Checkpoints:
-    def __init__(self, folder: Path, key: str) -> None:
-        self.path = folder / key[:16] / "last.pt"
-        for other in folder.glob("*"):
-            if other.name != key[:16]:
-                remove(other)
+    def __init__(self, folder: Path) -> None:
+        """`folder` is the run's own."""
+        self.path = folder / "last.pt"
 
     def save(self, progress: Progress, draft: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Write weights, optimizer, RNG and progress under the same name by rename."""
@@ -51,7 +48,7 @@ class Checkpoints:
             )
 
     def load(self, draft: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-        """Restore the last checkpoint of this key into its arguments, or return a fresh Progress."""
+        """Restore the last checkpoint of the run into its arguments, or return a fresh Progress."""
         if not self.path.exists():
             return Progress()
         state: dict[str, Any] = torch.load(self.path, weights_only=True, map_location="cpu")

@@ -12,6 +12,7 @@ from specflow.drafters.eagle3 import Eagle3Draft, save_draft
 from specflow.files import read_jsonl, sha256_file, sha256_json, write_json
 from specflow.hidden_states import Expected, HiddenStateStore
 from specflow.paths import Log, Paths
+from specflow.resume import State, code_digest, in_use, versions
 from specflow.targets.model import (
     TargetFacts,
     load_embedding,
@@ -33,8 +34,11 @@ def run_offline(name: str, family: Family, params: Params, paths: Paths, log: Lo
     facts = read_facts(paths.target)
     ids = resolve_aux_layer_ids(facts, family.extract)
     expected = Expected(facts.digest, facts.template_digest, family.extract.dtype, ids)
-    store = HiddenStateStore.open(paths.manifest, expected, verify=True)
-    return _train("train_offline", family, paths, log, facts, StoredFeatures(store), sha256_file(paths.manifest))
+    store = HiddenStateStore.open(paths.manifest, expected)
+    with in_use(store.folder):
+        store.verify()
+        inputs = sha256_file(paths.manifest)
+        return _train(f"train_offline@{name}", family, paths, log, facts, StoredFeatures(store), inputs)
 
 
 def run_online(name: str, family: Family, params: Params, paths: Paths, log: Log) -> dict[str, float]:
@@ -47,7 +51,7 @@ def run_online(name: str, family: Family, params: Params, paths: Paths, log: Log
     }
     features = LiveFeatures(model, samples, family.extract, resolve_aux_layer_ids(facts, family.extract))
     digest = sha256_json([facts.digest, family.extract.model_dump(), *(sha256_file(file) for file in files.values())])
-    return _train("train_online", family, paths, log, facts, features, digest)
+    return _train(f"train_online@{name}", family, paths, log, facts, features, digest)
 
 
 def _device() -> torch.device:
@@ -55,7 +59,7 @@ def _device() -> torch.device:
 
 
 def _train(
-    stage: str,
+    what: str,
     family: Family,
     paths: Paths,
     log: Log,
@@ -64,23 +68,32 @@ def _train(
     data_digest: str,
 ) -> dict[str, float]:
     draft = initial_draft(facts, family, paths.cache, paths.vocab, resolve_aux_layer_ids(facts, family.extract))
-    key = sha256_json([stage, family.train.model_dump(), data_digest, weights_digest(draft), facts.digest])
-    trainer = Trainer(
-        stage=stage,
-        draft=draft,
-        embedding=load_embedding(facts, paths.cache),
-        full_head=load_lm_head(facts, paths.cache),
-        features=features,
-        config=family.train,
-        checkpoints=Checkpoints(paths.state / "checkpoints", key),
-        log=log,
-        device=_device(),
-    )
-    _say_plan(trainer)
-    progress = trainer.run()
-    save_draft(trainer.draft, paths.draft)
-    write_json(paths.plot("training.json"), progress.curves["training"], indent=None)
-    write_json(paths.plot("eval.json"), progress.curves["eval"], indent=None)
+    stage = what.partition("@")[0]
+    parts = {
+        "code": code_digest(paths.root, stage),
+        "versions": versions(),
+        "target": facts.identity,
+        "inputs": [data_digest, weights_digest(draft)],
+        "settings": family.train.model_dump(mode="json"),
+    }
+    with State(paths.state / "checkpoints", what, parts) as state:
+        trainer = Trainer(
+            stage=stage,
+            draft=draft,
+            embedding=load_embedding(facts, paths.cache),
+            full_head=load_lm_head(facts, paths.cache),
+            features=features,
+            config=family.train,
+            checkpoints=Checkpoints(state.folder),
+            log=log,
+            device=_device(),
+        )
+        _say_plan(trainer)
+        progress = trainer.run()
+        save_draft(trainer.draft, paths.draft)
+        write_json(paths.plot("training.json"), progress.curves["training"], indent=None)
+        write_json(paths.plot("eval.json"), progress.curves["eval"], indent=None)
+        state.finish()
     return _headline(trainer, progress)
 
 

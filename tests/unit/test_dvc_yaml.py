@@ -15,6 +15,7 @@ from specflow.stage import STAGES
 from tests import ROOT
 
 PLUMBING = ("config.py", "config_bench.py", "schema.py", "settings_file.py", "errors.py", "files.py", "paths.py")
+PLUMBING += ("locks.py", "resume.py")
 EVERYWHERE = {f"specflow/{name}" for name in PLUMBING}
 """Plumbing that every stage imports: a change there does not make results stale, nor what it imports itself."""
 

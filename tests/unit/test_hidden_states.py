@@ -62,7 +62,8 @@ def make_store(root, *, spoil=None):
 
 def test_round_trip(tmp_path):
     path, written = make_store(tmp_path)
-    store = HiddenStateStore.open(path, EXPECTED, verify=True)
+    store = HiddenStateStore.open(path, EXPECTED)
+    store.verify()
     assert [row.id for row in store.rows("train")] == ["a", "c"] and [row.id for row in store.rows("eval")] == ["b"]
     for row in store.rows():
         for got, wanted in zip(store.read(row), written[row.id], strict=True):
@@ -92,7 +93,7 @@ def test_missing_short_and_corrupted_shards(tmp_path):
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     HiddenStateStore.open(path)  # of the right size: only the digest tells
     with pytest.raises(UserError, match=r"shard-00001.safetensors is corrupted.*extract@tiny"):
-        HiddenStateStore.open(path, verify=True)
+        HiddenStateStore.open(path).verify()
     shard.write_bytes(whole[:-3])
     with pytest.raises(UserError, match=f"has {len(whole) - 3} bytes, the manifest says {len(whole)}"):
         HiddenStateStore.open(path)

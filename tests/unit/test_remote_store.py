@@ -64,7 +64,7 @@ def test_shards_are_those_of_a_local_store_and_come_back(tmp_path: Path, target:
         assert torch.equal(one, other)
     cached = list(shared.paths.state.rglob("*.safetensors"))
     assert [file.name for file in cached] == [there.manifest.shards[first.shard].file]  # what was read, no more
-    HiddenStateStore.open(shared.paths.manifest, verify=True)  # brings and checks the rest
+    HiddenStateStore.open(shared.paths.manifest).verify()  # brings and checks the rest
     assert len(list(shared.paths.state.rglob("*.safetensors"))) == metrics["shards"]
 
 
@@ -88,13 +88,13 @@ def test_what_is_damaged_or_gone_is_said(tmp_path: Path, target: Path, store: st
     file, whole = f"{folder}/{manifest.shards[1].file}", manifest.shards[1].bytes
     files.pipe_file(file, b"x" * whole)
     with pytest.raises(UserError, match=r"shard-00001\.safetensors has sha256 .*, the manifest says"):
-        HiddenStateStore.open(project.paths.manifest, verify=True)
+        HiddenStateStore.open(project.paths.manifest).verify()
     assert not list(project.paths.state.rglob("*00001.safetensors"))
     files.rm(file)
     with pytest.raises(UserError, match=r"shard-00001\.safetensors is missing or cut off"):
         HiddenStateStore.open(project.paths.manifest)
     assert project.run(extract)["resumed_shards"] == len(manifest.shards) - 1
-    HiddenStateStore.open(project.paths.manifest, verify=True)
+    HiddenStateStore.open(project.paths.manifest).verify()
 
 
 def test_a_store_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:

@@ -44,7 +44,9 @@ def make_project(folder: Path, target: Path, venv: str, engine: str, **settings:
 
 
 def open_store(project: TinyProject) -> HiddenStateStore:
-    return HiddenStateStore.open(project.paths.manifest, verify=True)
+    store = HiddenStateStore.open(project.paths.manifest)
+    store.verify()
+    return store
 
 
 def assert_same_states(store: HiddenStateStore, reference: HiddenStateStore, tolerance: float) -> None:

@@ -27,6 +27,7 @@ from specflow.config import Family
 from specflow.config_bench import BenchServe
 from specflow.errors import UserError
 from specflow.paths import Paths
+from specflow.resume import code_digest, versions
 from specflow.serving.engines import Launch, find_install
 from specflow.serving.family import child_server
 from specflow.serving.server import Endpoint, attach, check_context
@@ -377,16 +378,18 @@ def _steps(reply: Reply, num_tokens: int, engine: str, plan: Plan) -> list[list[
     return metrics.vllm_steps(reply.speculation, num_tokens)
 
 
-def log_key(plan: Plan, draft_digest: str) -> str:
-    """Blocks are kept across a kill only for the same questions, settings, draft and machine."""
-    settings = {
-        "serve": plan.family.serve.model_dump(exclude={"speculative"}),
-        "bench": plan.serve.model_dump(),
-        "asking": vars(plan.asking),
-        "prompts": [request.prompt for request in plan.requests],
-        "k": plan.num_speculative_tokens,
-        "target": [plan.facts.digest, plan.facts.dtype],
-        "draft": draft_digest,
+def log_parts(plan: Plan, draft_digest: str) -> dict[str, Any]:
+    """Blocks are kept across a kill only for the same code, questions, settings, draft and machine."""
+    return {
+        "code": code_digest(plan.paths.root, "bench"),
+        "versions": versions(),
+        "target": plan.facts.identity,
+        "inputs": {"prompts": [request.prompt for request in plan.requests], "draft": draft_digest},
+        "settings": {
+            "serve": plan.family.serve.model_dump(mode="json", exclude={"speculative"}),
+            "bench": plan.serve.model_dump(mode="json"),
+            "asking": json.loads(json.dumps(vars(plan.asking))),
+            "k": plan.num_speculative_tokens,
+        },
         "machine": os.uname().nodename,
     }
-    return files.sha256_json(json.loads(json.dumps(settings)))

@@ -10,13 +10,14 @@ from specflow import files
 from specflow.bench.identity import draft_digest
 from specflow.bench.served import gap
 from specflow.bench.served import metrics as served_metrics
-from specflow.bench.served.measuring import Plan, log_key, measure
+from specflow.bench.served.measuring import Plan, log_parts, measure
 from specflow.bench.served.metrics import Block, ServedRecord
 from specflow.bench.statistics import metrics
 from specflow.bench.statistics.intervals import length_interval
 from specflow.bench.statistics.records import Record
 from specflow.config import Params
 from specflow.paths import Paths
+from specflow.resume import State
 
 HELDOUT = "heldout"
 
@@ -26,14 +27,16 @@ def run(plan: Plan, params: Params, in_process: Sequence[Record], folder: Path) 
 
     `in_process` are the records of the in-process benchmark; those of the same requests are compared.
     """
-    state = plan.paths.state / "bench_served.jsonl"
-    log = files.RowLog(state, log_key(plan, draft_digest(plan.paths.export / "eagle3")))
-    blocks, about, template = measure(plan, log)
-    served = summarise(plan, blocks, about)
-    served["gap"] = _gap(plan, params, blocks, about, template, in_process)
-    files.write_jsonl(folder / "served_records.jsonl", (r.to_json() for block in blocks for r in block.records))
-    files.write_json(folder / "served.json", served)
-    log.close(delete=True)
+    parts = log_parts(plan, draft_digest(plan.paths.export / "eagle3"))
+    with State(plan.paths.state / "bench_served", f"bench_served@{plan.name}", parts) as state:
+        log = files.RowLog(state.folder / "blocks.jsonl", state.key)
+        blocks, about, template = measure(plan, log)
+        served = summarise(plan, blocks, about)
+        served["gap"] = _gap(plan, params, blocks, about, template, in_process)
+        files.write_jsonl(folder / "served_records.jsonl", (r.to_json() for block in blocks for r in block.records))
+        files.write_json(folder / "served.json", served)
+        log.close()
+        state.finish()
     return served
 
 

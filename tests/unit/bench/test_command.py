@@ -169,7 +169,10 @@ def test_a_stopped_run_goes_on(project: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(KeyboardInterrupt):
         bench(tmp_path / "x", **options)
     monkeypatch.setattr(runner, "generate", plain)
-    kept = [json.loads(line) for line in (tmp_path / "x" / "state" / "bench.jsonl").read_text().splitlines()[1:]]
+    kept = [
+        json.loads(line)
+        for line in next((tmp_path / "x" / "state").glob("bench/*/bench.jsonl")).read_text().splitlines()[1:]
+    ]
     with pytest.raises(UserError, match="holds a benchmark: give another folder, or --resume"):
         bench(tmp_path / "x", **options)
     with pytest.raises(UserError) as caught:

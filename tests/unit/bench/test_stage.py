@@ -52,7 +52,7 @@ def test_summary_and_files(project: Project) -> None:
     assert metrics["speedup"] == summary["overall"]["speedup"] > 0
     assert {"questions.speedup", "heldout.acceptance_length", "t_verify_ms", "baseline_over_stock"} <= set(metrics)
     assert summary["verdict"].startswith(("No conclusion", "Does not pay"))
-    assert not (paths.state / "bench.jsonl").exists()
+    assert not list(paths.state.rglob("bench.jsonl"))
 
 
 def test_order_alternates_and_repeats_agree(project: Project) -> None:
@@ -90,7 +90,7 @@ def test_killed_run_keeps_what_it_had(project: Project, monkeypatch: pytest.Monk
     monkeypatch.setattr(runner, "generate", killed)
     with pytest.raises(KeyboardInterrupt):
         run(project, **changes)
-    kept = len((project[1].state / "bench.jsonl").read_text().splitlines()) - 1
+    kept = len(next(project[1].state.glob("bench/*/bench.jsonl")).read_text().splitlines()) - 1
     calls.clear()
     monkeypatch.setattr(runner, "generate", lambda *a, **k: (calls.append(1), plain(*a, **k))[1])
     _, summary = run(project, **changes)
@@ -138,7 +138,7 @@ def test_shares_put_together_are_the_same_records(project: Project) -> None:
     summary = json.loads((paths.bench / "summary.json").read_text())
     assert summary["overall"]["lossless"] is True and summary["identity"]["device"] == "cpu"
     assert metrics["num_speculative_tokens"] == 2 and metrics["stock_generate_tok_s"] > 0
-    assert not list(paths.state.glob("bench*.jsonl"))
+    assert not list(paths.state.rglob("bench*.jsonl"))
 
 
 def test_shares_of_different_machines_are_not_mixed(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def parked_of(made: TinyProject) -> ParkedStates:
 def park_all(made: TinyProject, shift: int = 0) -> ParkedStates:
     """The states of every row as the engine would write them: layers 1, 3, 5 and the last, before the final norm."""
     parked, model = parked_of(made), load_model(made.facts, made.paths.cache)
-    parked.folder.mkdir(parents=True)
+    parked.begin()
     last: list[torch.Tensor] = []
     model.model.norm.register_forward_pre_hook(lambda _, given: last.append(given[0]))
     for tokens in TOKENS:
@@ -75,23 +76,38 @@ def num_starts(made: TinyProject) -> int:
 
 
 def test_states_are_found_by_all_that_they_depend_on(tmp_path: Path, target: Path) -> None:
-    facts = project(tmp_path, target).facts
+    made = project(tmp_path, target)
+    facts, paths, elsewhere = made.facts, made.paths, tmp_path / ".dvc/tmp/exps/one"
 
-    def folder(facts: Any = facts, engine: str = "vllm 1", layers: list[int] = LAYERS, flags: Any = ()) -> Path:
-        return ParkedStates(tmp_path, facts, engine, layers, flags).folder
+    def states(
+        facts: Any = facts, engine: str = "vllm 1", layers: list[int] = LAYERS, flags: Any = (), root: Path = tmp_path
+    ) -> ParkedStates:
+        return ParkedStates(replace(paths, root=root), facts, engine, layers, flags)
+
+    def folder(**changes: Any) -> Path:
+        return states(**changes).folder
 
     others = [
-        folder(facts.model_copy(update={"digest": "0"})),
-        folder(facts.model_copy(update={"dtype": "bfloat16"})),
+        folder(facts=facts.model_copy(update={"digest": "0"})),
+        folder(facts=facts.model_copy(update={"dtype": "bfloat16"})),
+        folder(facts=facts.model_copy(update={"eos_token_ids": [7]})),
         folder(engine="vllm 2"),
         folder(layers=[1, 3, 4]),
         folder(flags=["--quantization", "fp8"]),
     ]
-    assert len({folder(), *others}) == 6 and folder() == folder()
-    for made in (folder(), *others):
-        made.mkdir(parents=True)
-    ParkedStates(tmp_path, facts, "vllm 1", LAYERS, ()).discard_others()
+    assert len({folder(), *others}) == 7 and folder() == folder(root=elsewhere)
+    for other in others:
+        other.mkdir(parents=True)
+        (other / "workspace").write_text(str(tmp_path.resolve()))
+    elsewhere.mkdir(parents=True)
+    theirs = states(flags=["--seed", "1"], root=elsewhere)
+    theirs.begin()
+    states().begin()
     assert folder().is_dir() and not any(other.exists() for other in others)
+    assert theirs.folder.is_dir()  # an experiment beside this one waits for them
+    elsewhere.rmdir()
+    states().begin()
+    assert not theirs.folder.exists()
 
 
 def test_only_whole_states_of_the_very_tokens_are_found(tmp_path: Path, target: Path) -> None:
@@ -133,7 +149,7 @@ def test_parked_states_make_the_store_without_a_server(tmp_path: Path, target: P
     metrics = made.run(extract)
     assert metrics["rows_from_sampling"] == metrics["captured_rows"] == len(TOKENS) and metrics["shards"] > 2
     assert "rows_from_sampling" not in plain.run(extract)
-    stores = [HiddenStateStore.open(p.paths.manifest, verify=True) for p in (made, plain)]
+    stores = [HiddenStateStore.open(p.paths.manifest) for p in (made, plain)]
     for row, wanted in zip(stores[0].rows(), stores[1].rows(), strict=True):
         for one, other in zip(stores[0].read(row), stores[1].read(wanted), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
@@ -190,7 +206,7 @@ def test_the_disk_counts_what_extract_frees(tmp_path: Path, target: Path, monkey
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=int(needed / 0.95) + 1))
     with answer_states.keeping(made.family, made.facts, made.paths, 400, lengths) as states:
         assert states.scratch.parent == parked.folder
-    assert list(parked.folder.iterdir()) == []
+    assert [path.name for path in parked.folder.iterdir()] == ["workspace"]
 
 
 def test_settings_under_which_states_cannot_be_kept(tmp_path: Path, target: Path) -> None:

@@ -2,11 +2,13 @@
 
 import random
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from specflow.config import parse_params
 from specflow.errors import UserError
 from specflow.extract import stage as extract
 from specflow.hidden_states import Expected, HiddenStateStore
@@ -40,7 +42,9 @@ def make_project(root, target, samples=None, evaluation=None, **settings):
 
 
 def open_store(project):
-    return HiddenStateStore.open(project.paths.manifest, verify=True)
+    store = HiddenStateStore.open(project.paths.manifest)
+    store.verify()
+    return store
 
 
 def reference_states(project, row, layers):
@@ -132,6 +136,22 @@ def test_killed_and_resumed_is_byte_identical(tmp_path, target):
     for shard in open_store(whole).manifest.shards:
         one, other = (open_store(project).folder / shard.file for project in (whole, killed))
         assert one.read_bytes() == other.read_bytes()
+
+
+def test_an_experiment_takes_over_the_store_of_the_same_inputs(tmp_path, target):
+    """From its copy below .dvc/tmp/exps; with other settings it makes a store of its own and leaves the first one."""
+    project = make_project(tmp_path / "home", target)
+    project.run(extract)
+    copy = tmp_path / "home" / ".dvc" / "tmp" / "exps" / "one"
+    shutil.copytree(project.paths.base, copy / "artifacts" / "tiny")
+    experiment = replace(project, paths=replace(project.paths, root=copy))
+    metrics = experiment.run(extract)
+    assert metrics["resumed_shards"] == metrics["shards"] > 0
+    assert open_store(experiment).folder.resolve() == open_store(project).folder.resolve()
+    experiment.settings["families"]["tiny"]["extract"]["dtype"] = "bfloat16"
+    experiment.params = parse_params(experiment.settings)
+    assert experiment.run(extract)["resumed_shards"] == 0
+    assert open_store(project).manifest.dtype == "float32" and open_store(experiment).manifest.dtype == "bfloat16"
 
 
 def test_a_damaged_shard_is_made_again_and_whole_ones_are_kept(tmp_path, target):

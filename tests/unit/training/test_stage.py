@@ -16,6 +16,7 @@ from specflow.files import read_json, sha256_file
 from specflow.targets.model import load_lm_head, load_model, load_tensor
 from specflow.training import stage
 from specflow.training.initial import copy_from_target, initial_draft
+from specflow.training.loop import Trainer
 from tests.captures import tiny_project, write_split
 from tests.toys import make_tiny_target, tiny_params
 from tests.unit.export.test_imports import make_draft
@@ -85,6 +86,40 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(tmp_path, target):
     got = load_file(cut.paths.draft / "model.safetensors")
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     assert curves(cut) == curves(again)
+    assert not list((cut.paths.state / "checkpoints").iterdir())  # the draft is saved
+
+
+def test_two_points_of_a_sweep_side_by_side_each_resume_at_their_own_step(tmp_path, target, monkeypatch):
+    """Real processes of one family, killed while both live; neither removes what the other needs."""
+    points = [make_project(tmp_path, target), make_project(tmp_path, target)]
+    points[1].settings["families"]["tiny"]["train"] = TRAIN | {"lr": 2e-2}
+    points[1].params = parse_params(points[1].settings)
+    running = []
+    for point, last in zip(points, (4, 6), strict=True):
+        patch = (
+            "stage.run = stage.run_offline\n"
+            "import time\nfrom specflow.training.checkpoint import Checkpoints\n"
+            "save = Checkpoints.save\n"
+            "def saving(self, progress, draft, optimizer):\n"
+            "    save(self, progress, draft, optimizer)\n"
+            "    while len(list(self.path.parent.parent.glob('*/last.pt'))) < 2: time.sleep(0.05)\n"
+            f"    if progress.step >= {last}: kill()\n"
+            "Checkpoints.save = saving"
+        )
+        running.append(point.start_killed("specflow.training.stage", patch))
+    for process in running:
+        _, said = process.communicate(timeout=240)
+        assert process.returncode == -9, said
+    first, step = [], Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, group, number: first.append(number) or step(self, group, number))
+    starts = []
+    for point in points:
+        first.clear()
+        point.run(OFFLINE)
+        starts.append(first[0])
+        assert first[-1] == len(curves(point)[0]) - 1
+    assert 4 <= starts[0] < starts[1] and starts[1] >= 6
+    assert not list((points[0].paths.state / "checkpoints").iterdir())
 
 
 def test_first_weights_are_the_targets_own(tmp_path, target):

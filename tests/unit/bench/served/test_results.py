@@ -241,7 +241,7 @@ def test_a_whole_benchmark(made: tuple[Params, Paths], pair: Pair, tmp_path: Pat
     assert len({json.loads(line)["id"] for line in lines}) == len(lines) == 60
     flat = results.headline(found)
     assert flat["served_acceptance_length"] == 2.5 and flat["train_to_serve_gap"] == gap["gap"]
-    assert not list(plan.paths.state.glob("*.jsonl"))
+    assert not list(plan.paths.state.rglob("*.jsonl"))
 
 
 def test_sglangs_protocol(made: tuple[Params, Paths], pair: Pair, tmp_path: Path) -> None:
@@ -361,8 +361,10 @@ def test_refusals(made: tuple[Params, Paths], pair: Pair, tmp_path: Path) -> Non
 def test_blocks_of_other_settings_are_not_kept(made: tuple[Params, Paths], pair: Pair, tmp_path: Path) -> None:
     plan = plan_for(made, pair, tmp_path)
     other = plan_for(made, pair, tmp_path, concurrency=[1, 4])
-    assert measuring.log_key(plan, "a") == measuring.log_key(plan_for(made, pair, tmp_path), "a")
-    assert len({measuring.log_key(plan, "a"), measuring.log_key(plan, "b"), measuring.log_key(other, "a")}) == 3
+    parts = measuring.log_parts(plan, "a")
+    assert parts == measuring.log_parts(plan_for(made, pair, tmp_path), "a")
+    assert measuring.log_parts(plan, "b") not in (parts, measuring.log_parts(other, "a"))
+    assert measuring.log_parts(other, "a")["settings"] != parts["settings"]
     log = RowLog(tmp_path / "log.jsonl", "k")
     log.append({"id": "server/baseline", "about": {"version": "0.31.0", "flags": []}})
     with pytest.raises(UserError, match=r"different builds, 0\.31\.0 and 0\.32\.0"):
