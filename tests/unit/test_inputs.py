@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from flows.graph import changed_stages
 from specflow import inputs
 from specflow.config import parse_params
 from specflow.errors import UserError
@@ -190,7 +191,9 @@ def test_dvc_repro_alone_notices_and_an_experiment_reads_the_projects_files(
     assert "Running stage 'use@tiny'" in run(*dvc, "repro")
     first = (tmp_path / "artifacts/tiny/prompts.json").read_text()
     assert "Running stage 'use@tiny'" not in run(*dvc, "repro")
+    assert changed_stages(tmp_path) == set()  # so a flow with nothing to do starts no process
     append("data/a.jsonl")(tmp_path)
+    assert changed_stages(tmp_path) == {"inputs@tiny"}
     assert "Running stage 'use@tiny'" in run(*dvc, "repro")
     assert (tmp_path / "artifacts/tiny/prompts.json").read_text() != first
     run("git", "add", "-A")

@@ -63,7 +63,7 @@ def test_a_mixed_run_adds_up() -> None:
 
 def test_letters_with_marks_are_one_word() -> None:
     """Hindi has blanks, and its vowel signs are no letters: 13 words are 13 words."""
-    assert len(overlap.units("हिन्दी में लिखिए")) == 3
+    assert len(overlap.units("हिन्दी में लिखिए")[0]) == 3
     assert overlap.normalise_text("ﾌﾞﾛｯｸ　ＡＢＣ") == overlap.normalise_text("ブロック abc")
 
 
