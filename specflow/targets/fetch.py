@@ -19,6 +19,7 @@ from specflow.sources import resolve
 from specflow.targets.checkpoint import check_whole
 from specflow.targets.date import ASKS_DATE, FIXED_DATE
 from specflow.targets.model import TargetFacts, load_tokenizer, resolve_aux_layer_ids
+from specflow.targets.parts import check_parts
 from specflow.targets.supported import check_supported, quantisation, read_config, shape_facts
 from specflow.targets.template import end_of_turn
 from specflow.targets.weights import INDEX, SINGLE, read_json_object, stored_tensors, weight_files
@@ -41,6 +42,8 @@ def run(
     folder = fetch_target(family.target, paths.cache)
     facts = read_checkpoint(family.target, folder, paths.cache)
     check_family(family, facts, online=name in params.online)
+    if family.train.init_from is None:
+        check_parts(family.train, facts, stored_tensors(folder))
     others = [resolve(source, paths.cache) for source in (*family.data.sources, *params.prompt_sets.values())]
     write_json(paths.target, facts.model_dump())
     return {

@@ -15,6 +15,7 @@ from specflow.errors import UserError
 from specflow.files import sha256_file
 from specflow.paths import outside
 from specflow.targets.model import TargetFacts, load_lm_head, load_tensor, tensor_names
+from specflow.targets.parts import part_keys
 
 logger = logging.getLogger("specflow")
 GELU_AS_SILU = 1.702
@@ -97,35 +98,21 @@ def _continued(
 def copy_from_target(draft: Eagle3Draft, facts: TargetFacts, cache: Path, parts: list[str]) -> None:
     """Copy the named parts from the target's last layer, final norm and head, in place."""
     names = tensor_names(facts, cache)
-    last = f"layers.{facts.num_hidden_layers - 1}."
-    where = "train.init_from_target"
     norm_offset = 1.0 if facts.model_type.startswith("gemma") else 0.0  # Gemma stores its norm weights minus one
+    # gelu(x) is close to x sigmoid(1.702 x) = silu(1.702 x) / 1.702
+    slope = GELU_AS_SILU if "gelu" in facts.hidden_act else 1.0
 
-    def last_layer(suffix: str) -> Tensor:
-        found = [name for name in names if name.endswith(last + suffix)]
-        if len(found) != 1:
-            raise UserError(
-                f"target {facts.source} has no single {last}{suffix}: take that part out of train.init_from_target"
-            )
-        return load_tensor(facts, cache, found[0])
+    def first_weight(module: str, key: str) -> Tensor:
+        if module == "lm_head":
+            return load_lm_head(facts, cache)[draft.t2d.cpu()]
+        weight = load_tensor(facts, cache, key)
+        if module == "norm":
+            return weight + norm_offset
+        return weight * slope if module == "gate_proj" else weight / slope if module == "up_proj" else weight
 
-    def mlp() -> dict[str, Tensor]:
-        weights = {f"{p}_proj": last_layer(f"mlp.{p}_proj.weight") for p in ("gate", "up", "down")}
-        if "gelu" in facts.hidden_act:  # gelu(x) is close to x sigmoid(1.702 x) = silu(1.702 x) / 1.702
-            weights["gate_proj"] = weights["gate_proj"] * GELU_AS_SILU
-            weights["up_proj"] = weights["up_proj"] / GELU_AS_SILU
-        elif facts.hidden_act != "silu":
-            raise UserError(f"target's activation is {facts.hidden_act}, the draft's silu: take mlp out of {where}")
-        return weights
-
-    sources = {
-        "mlp": mlp,
-        "o_proj": lambda: {"o_proj": last_layer("self_attn.o_proj.weight")},
-        "norm": lambda: {"norm": load_tensor(facts, cache, _final_norm(names, facts)) + norm_offset},
-        "lm_head": lambda: {"lm_head": load_lm_head(facts, cache)[draft.t2d.cpu()]},
-    }
     for part in parts:
-        for module, weight in sources[part]().items():
+        for module, key in part_keys(part, facts, names).items():
+            weight = first_weight(module, key)
             own = getattr(draft, module).weight
             if own.shape != weight.shape:
                 raise UserError(
@@ -134,10 +121,3 @@ def copy_from_target(draft: Eagle3Draft, facts: TargetFacts, cache: Path, parts:
                 )
             with torch.no_grad():
                 own.copy_(weight)
-
-
-def _final_norm(names: list[str], facts: TargetFacts) -> str:
-    prefix = facts.embedding_key.removesuffix("embed_tokens.weight")
-    if f"{prefix}norm.weight" not in names:
-        raise UserError(f"target {facts.source} has no {prefix}norm.weight: take norm out of train.init_from_target")
-    return f"{prefix}norm.weight"

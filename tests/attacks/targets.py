@@ -292,6 +292,15 @@ DAMAGES: list[tuple[str, Damage, tuple[str, ...]]] = [
     ),
     ("compressed in this process", config(quantization_config=INT4), ("quantised (compressed-tensors)", "vLLM")),
     (
+        "packed, but copied from",
+        both(
+            weights(packed, quantization_config=INT4),
+            settings("sample", engine="vllm"),
+            settings("extract", engine="vllm"),
+        ),
+        ("layers.5.mlp.gate_proj.weight", "take mlp out of train.init_from_target"),
+    ),
+    (
         "FP8 in online training",
         both(
             config(quantization_config=FP8),
@@ -334,6 +343,7 @@ DAMAGES: list[tuple[str, Damage, tuple[str, ...]]] = [
         ("vocab.draft_vocab_size", "300", "lower"),
     ),
     ("layer beyond the last", settings("extract", aux_layer_ids=[1, 3, 9]), ("extract.aux_layer_ids", "0..6")),
+    ("draft of another width", settings("train", intermediate_size=48), ("train.init_from_target mlp", "[48, 32]")),
     # as people have them, and right
     ("shards", shards(lambda target: None), ()),
     ("vendor's own file beside it", consolidated, ()),
@@ -345,6 +355,7 @@ DAMAGES: list[tuple[str, Damage, tuple[str, ...]]] = [
             weights(packed, quantization_config=INT4),
             settings("sample", engine="vllm"),
             settings("extract", engine="vllm"),
+            settings("train", init_from_target=["norm", "lm_head"]),
         ),
         (),
     ),
