@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from specflow.config import Family, SglangSpeculation
+from specflow.config import Family, Serve, SglangSpeculation
 from specflow.errors import UserError
-from specflow.files import write_text
+from specflow.files import read_json, write_text
 from specflow.paths import Paths, outside
 from specflow.serving.engines import EngineName, Install, Launch, find_install, launch
 from specflow.serving.server import Server, check_port, free_port, running
 from specflow.targets.model import TargetFacts, read_facts, server_template
 
+logger = logging.getLogger("specflow")
 CPU_CONTEXT = 4096
 """Context where none is asked for on a machine without a GPU: a long one needs more cache than its share of memory."""
 
@@ -44,6 +47,7 @@ def launch_for(
     if draft:
         # by name: what a server without a draft answers does not depend on how drafts are exported
         importlib.import_module("specflow.export.eagle3").check_export(folder, facts)
+        serve = _within_drafts_context(serve, folder, facts)
     return launch(
         install,
         serve,
@@ -55,6 +59,20 @@ def launch_for(
         num_speculative_tokens=k,
         tree=tree,
     )
+
+
+def _within_drafts_context(serve: Serve, folder: Path, facts: TargetFacts) -> Serve:
+    """A draft that was made for fewer positions than the target has limits the server's context, unless it is told."""
+    config = read_json(folder / "config.json", what="export config", made_by="specflow export <family>")
+    longest, asked = config["max_position_embeddings"], serve.max_model_len or facts.max_position_embeddings
+    if longest >= asked:
+        return serve
+    short = f"the draft was made for {longest} positions, the target for {facts.max_position_embeddings}"
+    if serve.max_model_len is not None:
+        logger.warning("%s: beyond them serve.max_model_len %d drafts badly", short, serve.max_model_len)
+        return serve
+    logger.warning("%s: the server takes %d; serve.max_model_len sets another number", short, longest)
+    return serve.model_copy(update={"max_model_len": longest})
 
 
 def drafting(

@@ -83,11 +83,14 @@ class StageRun:
     def _try(self, action: Callable[[_Record], object]) -> None:
         if self._record is None:
             return
+        record = self._record
         try:
-            action(self._record)
+            action(record)
         except Exception as error:  # whatever the store throws must not take the stage's work down with it
             self._record = None
             _warn(error)
+            with contextlib.suppress(Exception):  # a run that lost something is not left as if it still ran
+                record.end("FAILED")
 
 
 @contextlib.contextmanager
@@ -128,10 +131,14 @@ class _Record:
         own = {**self.tags, "stage": stage, "mlflow.parentRunId": self.parent_id}
         self.run_id = create_run(self.client, self.experiment_id, stage, own)
         self.client.update_run(self.parent_id, status="RUNNING")
-        flat = flatten(params.families[name].model_dump(mode="json"))
-        for run_id in (self.run_id, self.parent_id):
-            log_params(self.client, run_id, flat)
         self._points: list[Metric] = []
+        flat = flatten(params.families[name].model_dump(mode="json"))
+        try:
+            for run_id in (self.run_id, self.parent_id):
+                log_params(self.client, run_id, flat)
+        except Exception:
+            self.client.set_terminated(self.run_id, "FAILED")
+            raise
         self._flushed = time.monotonic()
         self._monitor = SystemMetricsMonitor(self.run_id, tracking_uri=tracking_uri(home))
         nvml.watch_only_mine(self._monitor)
@@ -143,28 +150,43 @@ class _Record:
             self._flush()
 
     def finish(self, metrics: dict[str, float]) -> None:
-        self._points += points(results.headline(self.stage, metrics, self.paths), 0, now_ms())
-        self._flush()
         digests = _digest_tags(self.stage, self.paths)
-        set_tags(self.client, self.run_id, digests)
-        set_tags(self.client, self.parent_id, _of_parent(digests))
-        _log_artifacts(self.client, self.run_id, self.stage, self.paths)
+        parts: list[Callable[[], object]] = [
+            lambda: self._headline(metrics),
+            lambda: set_tags(self.client, self.run_id, digests),
+            lambda: set_tags(self.client, self.parent_id, _of_parent(digests)),
+            lambda: _log_artifacts(self.client, self.run_id, self.stage, self.paths),
+        ]
+        lost: list[Exception] = []
+        for part in parts:
+            try:
+                part()
+            except Exception as error:  # what one part loses, the others keep
+                lost.append(error)
         if self.stage == "bench":
             try:
                 _register(self.client, self.run_id, self.params, self.paths, self.tags | digests)
             except Exception as error:  # a store without a registry still records the run
                 logger.warning("MLflow does not register this draft. %s", reason(error))
+        if lost:
+            raise lost[0]
+
+    def _headline(self, metrics: dict[str, float]) -> None:
+        self._points += points(results.headline(self.stage, metrics, self.paths), 0, now_ms())
+        self._flush()
 
     def link_reused(self) -> None:
         mode = results.mode(self.paths.family, self.params)
         link_reused(self.client, self.experiment_id, self.parent_id, self.paths, mode)
 
     def end(self, status: str) -> None:
-        self._flush()
-        self._monitor.finish()
-        self.client.set_terminated(self.run_id, status)
-        with locked(project_home(self.paths.root)):
-            _settle(self.client, self.experiment_id, self.parent_id)
+        try:
+            self._flush()
+        finally:
+            self._monitor.finish()
+            self.client.set_terminated(self.run_id, status)
+            with locked(project_home(self.paths.root)):
+                _settle(self.client, self.experiment_id, self.parent_id)
 
     def _flush(self) -> None:
         metrics, self._points, self._flushed = self._points, [], time.monotonic()

@@ -10,6 +10,7 @@ import fcntl
 import json
 import logging
 import os
+import posixpath
 import re
 import sqlite3
 import time
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 STORE = "mlflow.db"
 MAX_PARAM_LENGTH = 6000
 """MLflow's limit on a parameter's value."""
+MAX_METRIC_NAME = 250
 FIRST_CONTACT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
 """MLflow's own limits (7 retries, 120 s each) would hold a stage up for minutes where no server answers."""
 AFTERWARDS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
@@ -97,10 +99,18 @@ def _open_sqlite(uri: str, file: Path, home: Path) -> MlflowClient:
             client = MlflowClient(uri)
             client.search_experiments(max_results=1)
         except Exception as error:  # sqlite3's, SQLAlchemy's, Alembic's or MLflow's own, by what is wrong with the file
-            raise UserError(
-                f"MLflow store {file} cannot be used ({reason(error)}): move it away and run `specflow init`"
-            ) from None
+            raise UserError(f"MLflow store {file} cannot be used: {_cure(error, uri)}") from None
     return client
+
+
+def _cure(error: Exception, uri: str) -> str:
+    """What to do about a store that MLflow does not open."""
+    text = str(error)
+    if "out-of-date database schema" in text:
+        return f"an older MLflow made it; keep a copy of it, then run `mlflow db upgrade {uri}`"
+    if "Can't locate revision" in text:
+        return "a newer MLflow made it; install that version, or name another store in MLFLOW_TRACKING_URI"
+    return f"{reason(error)}; move it away and run `specflow init`"
 
 
 def ensure_experiment(client: MlflowClient, name: str, home: Path) -> str:
@@ -158,7 +168,16 @@ def log_params(client: MlflowClient, run_id: str, flat: dict[str, str]) -> None:
 def points(values: dict[str, float], step: int, time_ms: int) -> list[Metric]:
     from mlflow.entities import Metric
 
-    return [Metric(key, float(value), time_ms, step) for key, value in values.items()]
+    return [Metric(metric_name(key), float(value), time_ms, step) for key, value in values.items()]
+
+
+def metric_name(name: str) -> str:
+    """`name` with what MLflow refuses in a metric's name as `_`: prompt sets and categories name metrics too.
+
+    One refused name would lose the whole batch that it is in.
+    """
+    plain = re.sub(r"[^\w.\- /]", "_", name)[:MAX_METRIC_NAME]
+    return plain if posixpath.normpath(plain) == plain and plain[0] not in "/." else re.sub(r"[/.]", "_", plain)
 
 
 def log_points(client: MlflowClient, run_id: str, metrics: list[Metric]) -> None:

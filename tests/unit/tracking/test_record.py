@@ -84,7 +84,7 @@ def test_a_run_names_the_lock_it_ran_under(client: Any, params: Params, paths: P
 
 
 def test_bench_has_the_fixed_names(client: Any, params: Params, paths: Paths) -> None:
-    run_stage("bench", params, paths, write_bench(paths, {"a": 1.25, "b": 1.25}))
+    run_stage("bench", params, paths, write_bench(paths, {"a": 1.25, "b": 1.25, "c": 1.25}))
     bench = by_stage(client)["bench"]
     expected = {
         **{f"accept/length{end}": 2.0 for end in ("", "_low", "_high", "_macro")},
@@ -221,7 +221,7 @@ def test_a_second_pipeline_run_with_everything_cached_compares_too(
     client: Any, params: Params, paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_stage("vocab", params, paths, {"coverage_eval": 0.5})
-    run_stage("bench", params, paths, write_bench(paths, {"a": 1.25, "b": 1.25}))
+    run_stage("bench", params, paths, write_bench(paths, {"a": 1.25, "b": 1.25, "c": 1.25}))
     write_lock(paths, ["vocab", "bench"])
     ran = {stage: run.info.run_id for stage, run in by_stage(client).items()}
     parents = record.link_pipeline("prefect it's", ["tiny"], params, {"prefect_flow_run": "abc"})
@@ -298,7 +298,7 @@ def test_the_end_of_a_pipeline_ends_what_a_killed_stage_left_open(client: Any, p
 
 def test_an_experiment_opens_on_its_pipeline_runs(client: Any, params: Params, paths: Paths) -> None:
     """The saved view finds pipeline runs alone and names what a finished one has."""
-    write_bench(paths, {"a": 1.25, "b": 1.25})
+    write_bench(paths, {"a": 1.25, "b": 1.25, "c": 1.25})
     files.write_json(paths.metrics("vocab"), {"coverage_eval": 0.5})
     files.write_json(paths.metrics("train_offline"), {"train_tok_s": 10.0, "train_s": 2.0})
     write_lock(paths, ["bench", "vocab", "train_offline"])
@@ -315,3 +315,34 @@ def test_an_experiment_opens_on_its_pipeline_runs(client: Any, params: Params, p
     assert columns["metrics"] <= set(run.data.metrics)
     assert columns["params"] <= set(run.data.params) and columns["tags"] <= set(run.data.tags)
     assert next(iter(run.data.metrics)) == "accept/length"  # what MLflow's compare page plots unasked
+
+
+def test_what_one_part_loses_the_others_keep_and_the_run_is_ended(
+    client: Any, params: Params, paths: Paths, monkeypatch: pytest.MonkeyPatch, mlflow_warnings: list[str]
+) -> None:
+    """MLflow refuses the metrics: digests and files are there all the same, and nothing is left as if it still ran."""
+
+    def refuse(*_: object) -> None:
+        raise ValueError("Invalid value for metric")
+
+    summary = write_bench(paths, {"a": 1.25, "b": 1.25, "c": 1.25})
+    with record.stage_run("bench", "tiny", params, paths) as run:
+        monkeypatch.setattr(record, "log_points", refuse)
+        run.finish(summary)
+    done = by_stage(client)
+    assert done["bench"].info.status == "FAILED" and done["bench"].data.metrics == {}
+    assert done["bench"].data.tags["draft_digest"] and client.list_artifacts(done["bench"].info.run_id)
+    assert done["pipeline"].info.status != "RUNNING"
+    assert len(mlflow_warnings) == 1 and "Invalid value for metric" in mlflow_warnings[0]
+
+
+def test_a_record_that_cannot_begin_is_ended(
+    client: Any, params: Params, paths: Paths, monkeypatch: pytest.MonkeyPatch, mlflow_warnings: list[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("Invalid parameter")
+
+    monkeypatch.setattr(record, "log_params", refuse)
+    with record.stage_run("vocab", "tiny", params, paths) as run:
+        run.finish({"coverage": 0.5})
+    assert by_stage(client)["vocab"].info.status == "FAILED" and len(mlflow_warnings) == 1

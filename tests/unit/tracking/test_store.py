@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,3 +94,35 @@ def test_the_users_own_limits_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     import os
 
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1" and os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("name", "safe"),
+    [
+        ("bench/accept_length", "bench/accept_length"),
+        ("gsm8k@main/accept_length", "gsm8k_main/accept_length"),
+        ("vocab/coverage 'code'", "vocab/coverage _code_"),
+        ("数学/speedup", "数学/speedup"),
+        ("a/../b", "a____b"),
+        ("/a", "_a"),
+        ("x" * 300, "x" * 250),
+    ],
+)
+def test_metric_names_are_what_mlflow_takes(name: str, safe: str) -> None:
+    from mlflow.utils.validation import _validate_metric_name
+
+    assert store.metric_name(name) == safe
+    _validate_metric_name(safe)
+
+
+def test_an_older_schema_gets_mlflows_own_cure(store: Path) -> None:
+    """The file of an older MLflow holds the history: it is upgraded, not moved away."""
+    from specflow.tracking.store import open_store
+
+    with contextlib.closing(sqlite3.connect(store)) as connection:
+        connection.execute("update alembic_version set version_num = '75868b020152'")
+        connection.commit()
+    with pytest.raises(UserError) as caught:
+        open_store(Path())
+    assert f"mlflow db upgrade sqlite:///{store.resolve()}" in str(caught.value)
+    assert "keep a copy" in str(caught.value) and "move it away" not in str(caught.value)
