@@ -54,7 +54,7 @@ class Target(Source):
 
 class DataSource(Source):
     format: Layout = "auto"
-    """Record layout, one of docs/data.md's table; `auto` decides by the first record's keys."""
+    """Record layout, one of docs/data.md's table; `auto` decides for each record by its keys."""
     config: str | None = None
     """Configuration of a data set folder that has several."""
     split: str = "train"

@@ -26,10 +26,9 @@ from specflow.targets.template import Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_THOUGHTS = layouts.THOUGHTS
 _MARKS = ("weight", "loss", "train")
 """How data sets say whether an answer is to be trained."""
-_KNOWN = {"from", "role", "value", "content", "tool_calls", "function_call", "tool_call_id", *_THOUGHTS, *_MARKS}
+_KNOWN = {"from", "role", "value", "content", "tool_calls", "function_call", "tool_call_id", *layouts.THOUGHTS, *_MARKS}
 
 
 @dataclass(frozen=True)
@@ -89,13 +88,18 @@ def read_conversations(
     Rows that are tokenised already need the target's `tokenizer`. Raises UserError for damage (unless the source says
     `salvage`), an unknown layout, or a source with records but no usable conversation.
     """
-    layout = None if source.format == "auto" else layouts.BY_NAME[source.format]
+    given = None if source.format == "auto" else layouts.BY_NAME[source.format]
     salvage, reader = source.on_damage == "salvage", None
+    found: dict[str, None] = {}
     for record in read_records(path, split=source.split, config=source.config, salvage=salvage, report=report):
         report.records += 1
-        if (layout := layout or layouts.detect(record)) is None:
-            raise UserError(f"{path}: {layouts.unknown(record)}")
-        report.layout = layout.name
+        if (layout := given or layouts.detect(record)) is None:
+            if not found:
+                raise UserError(f"{path}: {layouts.unknown(record)}")
+            report.dropped_records["no column of a known layout"] += 1
+            continue
+        found[layout.name] = None
+        report.layout = " + ".join(found)
         try:
             if layout.name == "tokens":
                 reader = reader or TokenReader(tokenizer, path)
@@ -216,8 +220,7 @@ def _message(turn: dict[str, Any], unused: Counter[str]) -> Message:
     message = {"role": role, "content": "" if content is None else _text(content, role)}
     if calls := turn.get("tool_calls") or turn.get("function_call"):
         message["tool_calls"] = _calls(layouts.unpacked(calls))
-    thoughts = next((turn[key] for key in _THOUGHTS if turn.get(key)), None)
-    if thoughts is not None and (text := _text(thoughts, role)):
+    if text := _text(layouts.thoughts_of(turn), role):
         message["reasoning_content"] = text
     return message if _is_trained(turn) else {**message, "train": False}
 

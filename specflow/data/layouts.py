@@ -103,11 +103,13 @@ _SPEAKERS = (
     re.compile(r"(?m)^\W*(human|user|instruction)\s*:", re.I),
     re.compile(r"(?m)^\W*(assistant|response)\s*:", re.I),
 )
+_ASKS_IN_ROLES = re.compile(r"(?is)\A\s*(human|user)\s*:.*\n\s*(assistant|response)\s*:\s*\Z")
 
 
 def detect(record: Record) -> Layout | None:
-    """Layout of a source by the keys of its first record."""
-    return next((layout for key, layout in _KEYS.items() if key in record), None)
+    """Layout of a record by its columns; one without a value counts only where no other has one."""
+    filled = (layout for key, layout in _KEYS.items() if record.get(key) is not None)
+    return next(filled, next((layout for key, layout in _KEYS.items() if key in record), None))
 
 
 def unknown(record: Record) -> str:
@@ -145,6 +147,12 @@ def turns_of(record: Record, layout: Layout, unused: Counter[str]) -> tuple[Turn
 def role_of(turn: dict[str, Any]) -> str | None:
     """Role of a message in OpenAI's words, `call` for ShareGPT's function_call; None for a word that is unknown."""
     return _ROLES.get(str(turn.get("from", turn.get("role"))).strip().lower())
+
+
+def thoughts_of(holder: dict[str, Any]) -> str:
+    """Thoughts of a message or record, "" where it has none or only says whether to think."""
+    found = next((holder[name] for name in THOUGHTS if isinstance(holder.get(name), str)), "")
+    return "" if found.strip().lower() in _SWITCHES else found
 
 
 def content_of(turn: dict[str, Any]) -> Any:
@@ -185,6 +193,8 @@ def _conversation(key: str, value: Any, *, alternate: bool) -> Turns:
 
 def _question_and_answer(record: Record, layout: Layout) -> tuple[Turns, set[str]]:
     """Messages of a record of columns, and the columns that were used."""
+    if isinstance(record.get("role"), str):
+        raise Refused("is one message of a dialogue (it has a role), not a conversation")
     key, question = _first(record, layout.question, layout.key)
     answer_key, answer = _first(record, layout.answer, key)
     if isinstance(question, str):
@@ -202,13 +212,16 @@ def _question_and_answer(record: Record, layout: Layout) -> tuple[Turns, set[str
         if len(turns) > 1 or not isinstance(content_of(turns[0]), str):
             raise Refused("a context beside several turns")
         turns = [{"role": "user", "content": f"{content_of(turns[0])}\n\n{context}"}]
-    return [*_history(record), *turns, *answers], {key, answer_key, *layout.context, *HISTORY, *THOUGHTS}
+    return [*_history(record), *turns, *answers], {key, answer_key, *layout.context, *HISTORY, *THOUGHTS} | (
+        {"label"} if isinstance(record.get("label"), bool) else set()
+    )
 
 
 def _check_not_rendered(key: str, text: str) -> None:
     """Raises Refused for a whole dialogue in one text, which would become one turn of the user."""
     found = _MARKUP.search(text)
-    if found or (key == "text" and all(speaker.search(text) for speaker in _SPEAKERS)):
+    dialogue = _SPEAKERS if key == "text" else [_ASKS_IN_ROLES]
+    if found or all(speaker.search(text) for speaker in dialogue):
         what = f"{key} is rendered already ({found[0]})" if found else f"{key} is a whole dialogue"
         raise Refused(f"{what}: name the data set of messages that it was made from")
 
@@ -221,10 +234,11 @@ def _answer(key: str, answer: Any, record: Record) -> Turns:
         if not _are_objects(answer):
             raise Refused(f"{key} is a list of several answers")
         return list(answer)
-    thoughts = next((record[name] for name in THOUGHTS if isinstance(record.get(name), str)), "")
-    if thoughts.strip().lower() in _SWITCHES:
-        thoughts = ""
-    return [{"role": "assistant", "content": answer, **({"reasoning_content": thoughts} if thoughts else {})}]
+    thoughts = thoughts_of(record)
+    rejected = {"train": False} if record.get("label") is False else {}  # in TRL's unpaired preferences
+    return [
+        {"role": "assistant", "content": answer, **({"reasoning_content": thoughts} if thoughts else {}), **rejected}
+    ]
 
 
 def _context(record: Record, layout: Layout) -> str:

@@ -155,6 +155,8 @@ def test_tool_turns_stay_in_the_conversation(tmp_path: Path, turns: list[dict[st
 def test_marks_of_answers_not_to_train(tmp_path: Path, mark: dict[str, Any], trained: bool) -> None:
     messages, _ = one(tmp_path, {"messages": [ASKED[0], {**ASKED[1], **mark}]})
     assert messages[1] == (ASKED[1] if trained else {**ASKED[1], "train": False})
+    rejected, report = one(tmp_path, {"prompt": "hi", "completion": "hello", "label": trained})
+    assert rejected[1] == messages[1] and not report.unused_fields
 
 
 @pytest.mark.parametrize(
@@ -168,6 +170,8 @@ def test_marks_of_answers_not_to_train(tmp_path: Path, mark: dict[str, Any], tra
         ({"question": "a", "context": {"title": []}}, "context is not text"),
         ({"instruction": "a", "history": "yes"}, "history is no list of pairs"),
         ({"messages": ASKED, "tools": "yes"}, "tools are no list of functions with names"),
+        ({"text": "hi", "role": "prompter"}, "is one message of a dialogue (it has a role), not a conversation"),
+        ({"prompt": "\n\nHuman: hi\n\nAssistant:"}, "prompt is a whole dialogue"),
         ({"conversation": ["hi", "hello"]}, "an entry of conversation is no object"),
     ],
 )
@@ -189,6 +193,23 @@ def test_each_file_of_a_folder_has_its_own_schema(tmp_path: Path) -> None:
     assert [conversation.messages for conversation in conversations] == [ASKED, ASKED]
     assert report.files_not_read == ["odd.parquet"]
     assert "files not read: odd.parquet" in report.line()
+
+
+def test_each_record_has_its_own_layout(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": ASKED}) + "\n")
+    records = [{"messages": None, "instruction": "hi", "output": "hello"}, {"title": "x"}]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    conversations, report = read(tmp_path)
+    assert [conversation.messages for conversation in conversations] == [ASKED, ASKED]
+    assert report.layout == "messages + alpaca"
+    assert report.dropped_records == {"no column of a known layout": 1}
+
+
+def test_a_folder_that_datasets_saved_is_read(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list([{"messages": ASKED}] * 2).save_to_disk(tmp_path / "saved")
+    assert [conversation.messages for conversation in read(tmp_path / "saved")[0]] == [ASKED] * 2
 
 
 def test_a_snapshot_of_links_is_read_by_the_names_of_its_files(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def prepared(
                     "target": {"source": f"file:{tiny}"},
                     "data": {"sources": [{"source": f"file:{source}"}], **options},
                     "sample": sample or {},
+                    "vocab": {"draft_vocab_size": 128},
                 }
             },
         }
