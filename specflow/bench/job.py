@@ -127,9 +127,7 @@ def assistant_folder(bench: Bench, cache: Path) -> Path | None:
 
 def with_digests(job: Job) -> Job:
     """The job with the digests of its files, by which a resumed one is known to be the same."""
-    found = {
-        f"prompts.{name}": files.digest_of(path, job.cache) for name, path in job.prompts.items() if path.is_file()
-    }
+    found = {f"prompts.{name}": _digest(path, job.cache) for name, path in job.prompts.items()}
     if job.heldout is not None and job.heldout.exists():
         found["heldout"] = files.sha256_file(job.heldout)
     if job.draft is not None:
@@ -138,6 +136,14 @@ def with_digests(job: Job) -> Job:
         parts = sorted([*job.assistant.glob("*.safetensors"), *job.assistant.glob("*.json")])
         found["assistant"] = files.sha256_json({part.name: files.digest_of(part, job.cache) for part in parts})
     return job.model_copy(update={"digests": found})
+
+
+def _digest(path: Path, cache: Path) -> str:
+    """Of a file, or of all files of a folder."""
+    if path.is_file():
+        return files.digest_of(path, cache)
+    inside = sorted(file for file in path.rglob("*") if file.is_file())
+    return files.sha256_json({str(file.relative_to(path)): files.digest_of(file, cache) for file in inside})
 
 
 def differences(before: Any, now: Any) -> list[str]:

@@ -211,3 +211,15 @@ def test_dvc_repro_alone_notices_and_an_experiment_reads_the_projects_files(
     )
     assert "Running stage 'inputs@tiny'" in said
     assert "Running stage 'use@tiny'" not in said  # the copy found the same files, which it does not hold
+
+
+def test_a_benchmark_knows_a_prompt_sets_folder_by_its_files(tmp_path: Path) -> None:
+    from specflow.bench import job
+
+    (tmp_path / "set" / "deep").mkdir(parents=True)
+    file = tmp_path / "set" / "deep" / "questions.jsonl"
+    file.write_text("one")
+    before = job._digest(tmp_path / "set", tmp_path / "cache")
+    assert job._digest(tmp_path / "set", tmp_path / "cache") == before
+    file.write_text("two")
+    assert job._digest(tmp_path / "set", tmp_path / "cache") != before
