@@ -205,18 +205,6 @@ class Bench(Section):
         return self.temperature == 0.0
 
     @property
-    def largest_depth(self) -> int:
-        """Most tokens on a drafted path, of all that the benchmark tries."""
-        if self.tree is not None:
-            return self.tree.depth
-        return max(self.sweep) if self.num_speculative_tokens == "auto" else self.num_speculative_tokens
-
-    @property
-    def largest_draft(self) -> int:
-        """Most tokens drafted at once, of all that the benchmark tries."""
-        return self.largest_depth if self.tree is None else max(self.tree.total_token - 1, self.tree.depth)
-
-    @property
     def sweeps(self) -> bool:
         """Whether K is chosen on held-out prompts first."""
         return self.tree is None and self.num_speculative_tokens == "auto"

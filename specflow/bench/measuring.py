@@ -22,7 +22,7 @@ from specflow.bench import batched
 from specflow.bench.costs import measure_costs
 from specflow.bench.identity import identity
 from specflow.bench.job import Job, differences
-from specflow.bench.questions import Sets, cache_length, load_questions, prompt_tokens
+from specflow.bench.questions import Sets, cache_length, largest_depth, load_questions, prompt_tokens
 from specflow.bench.runner import Engine, Runner, sampling_of, sweep
 from specflow.bench.scoring.accuracy import accuracy, check_scorable
 from specflow.bench.statistics.drift import machine_load, most_at_once
@@ -194,7 +194,7 @@ class Work:
         if not self.job.has_draft:
             return 0
         if not bench.sweeps:
-            return bench.largest_depth
+            return largest_depth(bench)
         return int(max(self.log.rows["sweep"]["rows"], key=lambda row: row["tok_s"])["num_speculative_tokens"])
 
     def records(self, share: Share = WHOLE) -> tuple[list[Record], Runner]:

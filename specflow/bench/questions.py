@@ -21,6 +21,19 @@ _HISTORY_SLACK = 1.25  # answers are tokenised anew as history and may come out 
 _LEAST_CACHE_TOKENS = 2048  # room that costs nothing until it is written
 
 
+def largest_depth(bench: Bench) -> int:
+    """Most tokens on a drafted path, of all that the benchmark tries."""
+    if bench.tree is not None:
+        return bench.tree.depth
+    return max(bench.sweep) if bench.num_speculative_tokens == "auto" else bench.num_speculative_tokens
+
+
+def largest_draft(bench: Bench) -> int:
+    """Most tokens drafted at once, of all that the benchmark tries: what prompts and caches leave room for."""
+    tree = bench.tree
+    return largest_depth(bench) if tree is None else max(tree.total_token - 1, tree.depth)
+
+
 def load_questions(job: Job) -> tuple[Sets, list[Question]]:
     """Questions of each prompt set, and those held-out ones on which K is tuned: no question is among both."""
     bench = job.bench
@@ -96,7 +109,7 @@ def cache_length(
         for question in questions:
             first = len(prompt_tokens(tokenizer, [{"role": "user", "content": question.turns[0]}]))
             try:
-                check_fits(first, bench.max_new_tokens, bench.largest_draft, context)
+                check_fits(first, bench.max_new_tokens, largest_draft(bench), context)
             except UserError as error:
                 raise UserError(f"prompt set {name}, question {question.question_id}: {error}") from None
             turns = question.turns[: bench.max_turns]
@@ -105,4 +118,4 @@ def cache_length(
                 messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": "."}]
             history = len(prompt_tokens(tokenizer, messages[:-1]))
             needed = max(needed, history + int(len(turns) * bench.max_new_tokens * _HISTORY_SLACK))
-    return min(context, max(needed + bench.largest_draft, _LEAST_CACHE_TOKENS))
+    return min(context, max(needed + largest_draft(bench), _LEAST_CACHE_TOKENS))

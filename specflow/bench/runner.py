@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from specflow.bench.questions import prompt_tokens
+from specflow.bench.questions import largest_draft, prompt_tokens
 from specflow.bench.statistics.metrics import acceptance, speedup, tok_s
 from specflow.bench.statistics.records import Record, paired, record_key
 from specflow.config_bench import Bench
@@ -134,7 +134,7 @@ class Runner:
                     messages.append({"role": "user", "content": text})
                     prompt = prompt_tokens(self.tokenizer, messages)
                     left = self.max_length - len(prompt) - self.bench.max_new_tokens
-                    if turn > 0 and left < self.bench.largest_draft:
+                    if turn > 0 and left < largest_draft(self.bench):
                         self.num_skipped_turns += repeat == 0
                         break
                     request = PromptedTurn(number, name, question, sample, turn, prompt)

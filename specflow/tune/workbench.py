@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specflow.bench.costs import measure_costs
 from specflow.bench.job import family_job
-from specflow.bench.questions import load_questions, prompt_tokens, spread
+from specflow.bench.questions import largest_draft, load_questions, prompt_tokens, spread
 from specflow.bench.runner import Engine, Runner, sampling_of
 from specflow.bench.statistics.drift import machine_load
 from specflow.bench.statistics.records import BASELINE, Record
@@ -107,7 +107,7 @@ class ModelBench:
 
     def _fits(self, question: Question, context: int) -> bool:
         try:
-            check_fits(len(self._prompt(question)), self.bench.max_new_tokens, 2 * self.bench.largest_draft, context)
+            check_fits(len(self._prompt(question)), self.bench.max_new_tokens, 2 * largest_draft(self.bench), context)
         except UserError:
             return False
         return True

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from specflow.bench.questions import largest_depth, largest_draft
 from specflow.bench.runner import sampling_of
 from specflow.config import parse_params
 from specflow.config_bench import Bench, DynamicTree, StaticTree
@@ -16,13 +17,13 @@ from tests.toys import tiny_params
 
 def test_depth_and_size_of_what_is_drafted() -> None:
     chain = Bench(num_speculative_tokens="auto", sweep=[1, 5, 2])
-    assert (chain.largest_depth, chain.largest_draft, chain.sweeps) == (5, 5, True)
+    assert (largest_depth(chain), largest_draft(chain), chain.sweeps) == (5, 5, True)
     dynamic = Bench(tree={"total_token": 9, "depth": 3, "top_k": 2})
     assert isinstance(dynamic.tree, DynamicTree)
-    assert (dynamic.largest_depth, dynamic.largest_draft, dynamic.sweeps) == (3, 8, False)
+    assert (largest_depth(dynamic), largest_draft(dynamic), dynamic.sweeps) == (3, 8, False)
     static = Bench(tree={"branches": [[0], [1], [0, 0]]})
     assert isinstance(static.tree, StaticTree)
-    assert (static.tree.depth, static.tree.total_token, static.largest_draft) == (2, 4, 3)
+    assert (static.tree.depth, static.tree.total_token, largest_draft(static)) == (2, 4, 3)
     assert Bench.model_validate_json(static.model_dump_json()) == static
 
 
