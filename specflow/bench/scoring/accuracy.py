@@ -44,7 +44,7 @@ class Score:
     """The number or the outcome of the tests; None where the answer holds nothing to judge."""
     expected: str
     detail: str = ""
-    """Of a failed program, the last line that it printed."""
+    """Why a program failed, one line."""
 
 
 def final_number(text: str) -> Fraction | None:
@@ -87,7 +87,7 @@ def _shown(value: Fraction) -> str:
 
 
 def program_of(text: str, program: Program) -> str | None:
-    """A whole program from an answer: its code, the beginning that was given, the tests. None where it holds no code.
+    """A program that defines the function, from an answer: its code and the beginning. None where it holds no code.
 
     An answer repeats the function in a fenced block (even one that the token limit cut off) or as bare text, or it only
     continues the function's body. What the beginning defines besides (imports, helpers) stays defined.
@@ -104,7 +104,7 @@ def program_of(text: str, program: Program) -> str | None:
         source = program.prompt.rstrip("\n") + "\n" + _body(code)
     else:
         return None
-    return f"{source}\n\n{program.test}\n\ncheck({program.entry_point})\n"
+    return source + "\n"
 
 
 def _bare_code(text: str) -> str:
@@ -139,9 +139,8 @@ def score_program(text: str, program: Program, sandbox: Sandbox) -> Score:
     source = program_of(text, program)
     if source is None:
         return Score(False, None, "passed", "no code in the answer")
-    outcome = sandbox.run(source)
-    last = outcome.output.strip().splitlines()[-1:]
-    return Score(outcome.status == "passed", outcome.status, "passed", "" if not last else last[0][:200])
+    outcome = sandbox.run(source, program)
+    return Score(outcome.status == "passed", outcome.status, "passed", outcome.detail)
 
 
 def check_scorable(

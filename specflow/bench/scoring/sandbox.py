@@ -1,169 +1,156 @@
-"""Runs programs that a model wrote, to see whether they are right: in a subprocess with limits, in a folder of its own.
+"""Runs programs that a model wrote, to see whether they are right, within a boundary that the kernel holds.
 
-Guards against a model's mistakes (endless loops, memory, files, processes), not against a program that is written to
-break out: for that give the benchmark a container or a machine of its own. Nothing runs until `execute_code` is set.
+An answer runs in a process that can compute and nothing else (confinement.py), and its tests run in a second one
+(sandbox_child.py): what the answer does to its own process cannot make it pass. Where the kernel grants no boundary
+nothing runs at all, and nothing does until `execute_code` is set.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from specflow.bench.scoring.sandbox_child import NOBODY
+from specflow.bench.scoring.confinement import missing
+from specflow.data.prompt_sets import Program
 from specflow.errors import UserError
 
-CHILD = Path(__file__).with_name("sandbox_child.py")
-_POLL_S = 0.005
-OUTPUT_BYTES = 2000
-"""Of the end of a program's output, kept with its outcome."""
-PROBE = "import collections, datetime, decimal, functools, hashlib, heapq, itertools, math, random, re, string, typing"
-"""A program that must pass, or all answers would fail."""
+CHILD = "specflow.bench.scoring.sandbox_child"
+ROOT = Path(__file__).parents[3]
+PROBE = Program(
+    "",
+    "def check(candidate):\n    assert candidate([3, 1, 2]) == [1, 2, 3]",
+    "probe",
+)
+PROBE_ANSWER = (
+    "import collections, datetime, decimal, functools, hashlib, heapq, itertools, math, random, re, string, typing\n"
+    "def probe(numbers):\n    return sorted(numbers)\n"
+)
+"""An answer that must pass, or all would fail."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one program."""
+    """Of one answer; the memory and the CPU time of its tests' process are limited in the same way."""
 
     wall_s: float = 10.0
+    """Of both processes, their start included."""
     cpu_s: int = 8
     memory_bytes: int = 1 << 30
     """Address space, the interpreter's own 20 MB included."""
-    file_bytes: int = 1 << 20
-    """Of any file written, the program's output among them."""
     num_open_files: int = 32
 
     def rlimits(self) -> dict[str, tuple[int, int]]:
-        """(soft, hard) by name of Python's `resource` constants. No process or thread may be started."""
-        both = {
-            "RLIMIT_AS": self.memory_bytes,
-            "RLIMIT_FSIZE": self.file_bytes,
-            "RLIMIT_NOFILE": self.num_open_files,
-            "RLIMIT_NPROC": 0,
-            "RLIMIT_CORE": 0,
-        }
-        # above the soft limit comes a signal that says why
-        return {"RLIMIT_CPU": (self.cpu_s, self.cpu_s + 1), **{name: (value, value) for name, value in both.items()}}
+        """(soft, hard) by name of Python's `resource` constants."""
+        hard = {"RLIMIT_AS": self.memory_bytes, "RLIMIT_FSIZE": 0, "RLIMIT_NOFILE": self.num_open_files}
+        both = {name: (value, value) for name, value in {**hard, "RLIMIT_CORE": 0}.items()}
+        return {"RLIMIT_CPU": (self.cpu_s, self.cpu_s + 1), **both}  # above the soft one comes a signal that says why
 
 
 @dataclass(frozen=True)
 class Outcome:
     status: Literal["passed", "failed", "timeout"]
-    """passed: the program ran to its end. failed: it raised, left early or was killed by a limit."""
-    exit_code: int
-    """Negative: the signal that ended it."""
-    output: str
-    """The end of what it printed, stderr included."""
+    """passed: the tests ran to their end and none failed. timeout: the limit on wall or CPU time."""
+    detail: str
+    """Why it failed, one line; empty where it passed."""
     seconds: float
-    granted: dict[str, bool]
-    """What the system allowed: `network` cut off, run as another `user`, no `processes`."""
 
 
 @dataclass(frozen=True)
 class Sandbox:
-    """How programs are run on this machine."""
+    """How answers are run on this machine."""
 
     limits: Limits
-    drop_user: bool
-    granted: dict[str, bool]
 
     @classmethod
     def open(cls, limits: Limits | None = None) -> Sandbox:
-        """Find out what this machine can do. Raises UserError where not even a harmless program runs."""
-        limits = limits or Limits()
-        if not hasattr(os, "waitid"):
-            raise UserError(f"no sandbox for code on {sys.platform}: leave execute_code false, or measure on Linux")
-        for drop_user in (True, False):
-            outcome = run_program(PROBE, limits, drop_user=drop_user)
-            if outcome.status == "passed":
-                return cls(limits, drop_user, outcome.granted)
-        last = outcome.output.strip().splitlines()[-1:] or [f"exit code {outcome.exit_code}"]
-        raise UserError(f"no sandbox for code on this machine ({last[0]}): leave execute_code false")
+        """Raises UserError where the kernel grants no boundary, or where not even a right answer passes."""
+        refused = "execute_code runs programs that the model wrote, and no boundary can be put around them here: "
+        if lack := missing():
+            raise UserError(f"{refused}{lack}; or leave the set out of accuracy")
+        sandbox = cls(limits or Limits())
+        outcome = sandbox.run(PROBE_ANSWER, PROBE)
+        if outcome.status != "passed":
+            raise UserError(
+                f"{refused}a harmless program ended with {outcome.status} ({outcome.detail}); leave the set out of "
+                "accuracy, or measure on another machine"
+            )
+        return sandbox
 
-    def run(self, source: str) -> Outcome:
-        return run_program(source, self.limits, drop_user=self.drop_user)
+    def run(self, source: str, program: Program) -> Outcome:
+        """Hold an answer's `source` against the tests of `program`. Raises UserError where the boundary fails."""
+        began = time.perf_counter()
+        task = {"source": source, "prompt": program.prompt, "test": program.test, "entry_point": program.entry_point}
+        try:
+            said, answer_code, judge_code = self._judge(json.dumps(task).encode())
+        except subprocess.TimeoutExpired:
+            return Outcome("timeout", f"after {self.limits.wall_s:g} s", time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        if -signal.SIGXCPU in (answer_code, judge_code):
+            return Outcome("timeout", f"after {self.limits.cpu_s} s of CPU time", seconds)
+        verdict = json.loads(said or b'{"status": "failed", "detail": "the tests\' process ended early"}')
+        if verdict["status"] == "unconfined":
+            raise UserError(f"the boundary around programs that the model wrote fails: {verdict['detail']}")
+        return Outcome(verdict["status"], verdict["detail"], seconds)
+
+    def _judge(self, task: bytes) -> tuple[bytes, int, int]:
+        """What the judge's process wrote, and exit codes of the answer's and of the judge's (negative: a signal)."""
+        calls, results = os.pipe(), os.pipe()
+        try:
+            answer = self._start("program", stdin=calls[0], stdout=results[1])
+            try:
+                kept = (calls[1], results[0])
+                judge = self._start("judge", *map(str, kept), pass_fds=kept)
+            except BaseException:
+                _end(answer)
+                raise
+        finally:
+            for descriptor in (*calls, *results):  # ours; each side then notices the end of the other
+                os.close(descriptor)
+        try:
+            said, _ = judge.communicate(task, timeout=self.limits.wall_s)
+        finally:
+            _end(judge)
+            _end(answer)
+        return said, answer.returncode, judge.returncode
+
+    def _start(
+        self, role: str, *pipes: str, stdin: int = subprocess.PIPE, stdout: int = subprocess.PIPE,
+        pass_fds: tuple[int, ...] = (),
+    ) -> subprocess.Popen[bytes]:  # fmt: skip
+        # -P -s -S: no module of the folder or of installed packages; -B: no .pyc files. Nothing of our environment
+        return subprocess.Popen(
+            [sys.executable, "-P", "-s", "-S", "-B", "-m", CHILD, role, json.dumps(self.limits.rlimits()), *pipes],
+            cwd="/",
+            env={"PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0"},
+            stdin=stdin,
+            stdout=stdout,
+            stderr=subprocess.DEVNULL,
+            pass_fds=pass_fds,
+        )
 
     def describe(self) -> list[str]:
-        """What happens to a program here, one sentence each, to be said before the first one runs."""
+        """What happens to an answer here, one sentence each, to be said before the first one runs."""
         limits = self.limits
-        said = [
-            f"each program runs in a process of its own, at most {limits.wall_s:g} s ({limits.cpu_s} s of CPU), "
-            f"{limits.memory_bytes / 2**20:.0f} MiB of memory and {limits.file_bytes / 2**20:g} MiB a file, in an "
-            "empty folder that is removed, without our environment"
+        return [
+            f"each runs in a process of its own, at most {limits.wall_s:g} s ({limits.cpu_s} s of CPU) and "
+            f"{limits.memory_bytes / 2**20:.0f} MiB of memory, without our environment",
+            "the kernel (Landlock, seccomp) lets it read Python's own files, and neither write, nor start processes or "
+            "threads, nor reach a network",
+            "its tests run in another process",
         ]
-        said.append("it has no network" if self.granted["network"] else
-                    "this system grants no network of its own: only the interpreter refuses sockets")  # fmt: skip
-        said.append("it cannot start processes" if self.granted["processes"] else
-                    "the system does not limit its processes: only the interpreter refuses them")  # fmt: skip
-        if self.granted["user"]:
-            said.append("it runs as nobody")
-        else:
-            said.append("it runs as our own user and can read what we can: only the interpreter refuses to write")
-        return said
 
 
-def run_program(source: str, limits: Limits, *, drop_user: bool = True) -> Outcome:
-    """Run Python `source` to its end or its limits; nothing that it started is left behind."""
-    secret = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(prefix="sandbox-") as outer, tempfile.TemporaryFile() as report:
-        Path(outer).chmod(0o711)  # another user may pass through, not look around
-        folder = Path(outer) / "work"
-        folder.mkdir(mode=0o700)
-        if os.geteuid() == 0 and drop_user:
-            os.chown(folder, NOBODY, NOBODY)
-        task = {
-            "source": source,
-            "secret": secret,
-            "limits": limits.rlimits(),
-            "drop_user": drop_user,
-            "folder": str(folder),
-        }
-        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as given:
-            given.write(json.dumps(task).encode())
-            given.seek(0)
-            began = time.perf_counter()
-            exit_code, timed_out = _wait(folder, given.fileno(), output.fileno(), report.fileno(), limits.wall_s)
-            seconds = time.perf_counter() - began
-            output.seek(max(0, output.seek(0, os.SEEK_END) - OUTPUT_BYTES))
-            printed = output.read().decode("utf-8", errors="replace")
-        report.seek(0)
-        granted, _, end = report.read(4096).decode("utf-8", errors="replace").partition("\n")
-    if timed_out or exit_code == -signal.SIGXCPU:
-        status: Literal["passed", "failed", "timeout"] = "timeout"
-    else:
-        status = "passed" if end == secret and exit_code == 0 else "failed"
-    nothing = dict.fromkeys(("network", "user", "processes"), False)
-    return Outcome(status, exit_code, printed, seconds, json.loads(granted) if granted else nothing)
-
-
-def _wait(folder: Path, task: int, output: int, report: int, wall_s: float) -> tuple[int, bool]:
-    """(exit code, whether it had to be stopped); `task`, `output` and `report` are open files."""
-    # -I: neither our environment nor the folder is searched for modules; -S: no installed packages; -B: no .pyc files
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-B", str(CHILD), str(report)],
-        cwd=folder,
-        env={"LC_ALL": "C.UTF-8", "HOME": str(folder), "TMPDIR": str(folder)},
-        stdin=task,
-        stdout=output,
-        stderr=output,
-        pass_fds=(report,),
-        start_new_session=True,
-    )
-    deadline, ended = time.monotonic() + wall_s, False
-    try:
-        while not ended and time.monotonic() < deadline:
-            time.sleep(_POLL_S)
-            # not reaped yet: its number, which is its session's too, stays taken until the session was killed
-            ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return process.returncode, not ended
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """It cannot have started others. One that has ended already keeps the exit code that it had."""
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            stream.close()

@@ -1,132 +1,222 @@
-"""The process that a program of the model's runs in. Started by sandbox.py as a script; the standard library only.
+"""The two processes that judge an answer, started by sandbox.py; both confined, standard library only.
 
-Takes {source, secret, limits, drop_user, folder} from stdin and the number of an open file for its report as argument.
-The report's first line says what the system granted; a second one, the secret, that the program ran to its end.
+The program's process runs the answer and is told nothing of the tests. The judge's process runs the tests, which call
+the answer's function over two pipes, by value: no code of the answer runs where the verdict is reached.
 """
 
 from __future__ import annotations
 
-import ctypes
-import importlib
+import builtins
+import contextlib
 import json
 import os
 import resource
 import sys
-from types import CodeType
+import traceback
+from decimal import Decimal
+from fractions import Fraction
+from types import ModuleType
 from typing import Any
 
-NOBODY = 65534
-CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
-PR_SET_NO_NEW_PRIVS = 38
-WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-DENIED = (
-    "_posixsubprocess.", "_thread.start", "ctypes.", "fcntl.", "ftplib.", "http.", "mmap.", "os.chflags", "os.exec",
-    "os.fork", "os.kill", "os.lockf", "os.posix_spawn", "os.putenv", "os.spawn", "os.startfile", "os.system", "pty.",
-    "resource.", "signal.", "smtplib.", "socket.", "subprocess.", "syslog.", "urllib.", "webbrowser.",
-)  # fmt: skip
-"""Beginnings of the names of events (the table of audit events in Python's documentation) that no answer needs."""
-CHANGING = (
-    "os.chmod", "os.chown", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.setxattr", "os.symlink",
-    "os.truncate", "os.utime", "os.mkfifo", "os.mknod", "shutil.", "tempfile.",
-)  # fmt: skip
-MOST_FILES = 64
-"""Opened for writing: with the limit on each one's size this bounds what a program can fill a disk with."""
-COMMON = (
-    "array", "bisect", "calendar", "cmath", "collections", "copy", "dataclasses", "datetime", "decimal", "enum",
-    "fractions", "functools", "hashlib", "heapq", "io", "itertools", "json", "math", "numbers", "operator", "queue",
-    "random", "re", "statistics", "string", "textwrap", "time", "types", "typing",
-)  # fmt: skip
-"""Modules that answers import. Loaded before the user changes, who may not reach the interpreter's files."""
-REFUSED = ("ctypes", "_ctypes", "_posixsubprocess", "_socket", "multiprocessing")
+from specflow.bench.scoring.confinement import confine
+
+LARGEST_MESSAGE = 64 << 20
+_PLAIN: dict[type, Any] = {int: int.__int__, float: float.__float__, str: str.__str__}
+_BY_TEXT: dict[str, Any] = {"complex": complex, "Decimal": Decimal, "Fraction": Fraction}
+_BY_ITEMS: dict[str, Any] = {
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+    "range": lambda ends: range(*ends),
+    "dict": dict,
+}
 
 
-def restrict(limits: dict[str, list[int]], drop_user: bool) -> dict[str, bool]:
-    """Take rights from this process for good; returns what the system granted: no network, another user, no processes.
+def encode(value: Any) -> Any:
+    """A value as JSON, each type but JSON's own by its name; subclasses become what they derive from.
 
-    A user namespace of its own is what an ordinary user needs to be allowed a network of its own.
+    Raises TypeError for what has no value to pass: functions, generators, objects of the answer's own classes.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    granted = {"network": False, "user": False, "processes": False}
-    root = os.geteuid() == 0
-    if hasattr(libc, "unshare"):
-        granted["network"] = libc.unshare(CLONE_NEWNET if root else CLONE_NEWUSER | CLONE_NEWNET) == 0
-    if hasattr(libc, "prctl"):
-        libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    if root and drop_user:
-        for name in COMMON:
-            importlib.import_module(name)
+    if value is None or isinstance(value, bool):
+        return value
+    for kind, plain in _PLAIN.items():
+        if isinstance(value, kind):
+            return plain(value)
+    if isinstance(value, list):
+        return [encode(item) for item in value]
+    if isinstance(value, dict):
+        return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
+    for name, container in (("tuple", tuple), ("set", set), ("frozenset", frozenset)):
+        if isinstance(value, container):
+            return {name: [encode(item) for item in value]}
+    if isinstance(value, range):
+        return {"range": [value.start, value.stop, value.step]}
+    if isinstance(value, bytes | bytearray):
+        return {"bytes": bytes(value).hex()}
+    for name, number in _BY_TEXT.items():
+        if isinstance(value, number):
+            return {name: str(value)}
+    raise TypeError(f"a value of type {type(value).__name__} cannot be passed between the answer and its tests")
+
+
+def decode(raw: Any) -> Any:
+    """The value that `encode` was given; raises ValueError for anything else."""
+    if isinstance(raw, list):
+        return [decode(item) for item in raw]
+    if not isinstance(raw, dict):
+        return raw
+    [(name, inner)] = raw.items()
+    if name == "bytes":
+        return bytes.fromhex(inner)
+    if name in _BY_TEXT:
+        return _BY_TEXT[name](inner)
+    return _BY_ITEMS[name](decode(inner))
+
+
+class Broken(BaseException):
+    """The answer's process can no longer be asked; not an Exception, which tests may expect and swallow."""
+
+
+class Answer:
+    """In the judge's process: the answer's function, to be called like the function itself."""
+
+    def __init__(self, calls: int, results: int) -> None:
+        self._calls, self._results = os.fdopen(calls, "wb"), os.fdopen(results, "rb")
+        self.broken: str | None = None
+        """Why it cannot have passed, whatever the tests say."""
+        if self._results.readline(LARGEST_MESSAGE) != b'"confined"\n':
+            raise OSError("the answer's process could not be confined")
+
+    def define(self, source: str, entry_point: str) -> None:
+        """Let the answer run to its end. Raises what it raised."""
+        self._ask({"source": source, "entry_point": entry_point})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-            granted["user"] = True
-        except OSError:
+            message = {"args": encode(args), "kwargs": encode(kwargs)}
+        except TypeError as error:
+            self.broken = str(error)
+            raise Broken from None
+        return self._ask(message)
+
+    def _ask(self, message: dict[str, Any]) -> Any:
+        if self.broken is None:
+            try:
+                self._calls.write(json.dumps(message).encode() + b"\n")
+                self._calls.flush()
+                line = self._results.readline(LARGEST_MESSAGE)
+                if not line:
+                    raise BrokenPipeError
+                reply = json.loads(line)
+                if "value" in reply:
+                    return decode(reply["value"])
+                name, text = map(str, reply["raised"])
+            except OSError:
+                self.broken = "the answer ended before its tests did"
+            except (ValueError, TypeError, KeyError, RecursionError, MemoryError, ArithmeticError):
+                self.broken = "the answer's process sent what is no value"
+            else:
+                if name == "unpassable":
+                    self.broken = text
+                else:
+                    raise _exception(name, text)
+        raise Broken(self.broken)
+
+
+def _exception(name: str, text: str) -> Exception:
+    """What the answer raised, where it is one of Python's own that a text alone makes."""
+    kind = getattr(builtins, name, None)
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        try:
+            return kind(text)
+        except TypeError:
             pass
+    return RuntimeError(f"{name}: {text}")
+
+
+def judge(task: dict[str, Any], calls: int, results: int) -> dict[str, str]:
+    """Run the tests of `task` (source, prompt, test, entry_point) against the answer: {status, detail}."""
+    try:
+        answer = Answer(calls, results)
+    except OSError as error:
+        return {"status": "unconfined", "detail": str(error)}
+    try:
+        answer.define(task["source"], task["entry_point"])
+        names: dict[str, Any] = {"__name__": "tests"}
+        with contextlib.suppress(SyntaxError):  # the beginning of a body is no program
+            exec(compile(task["prompt"], "prompt.py", "exec", dont_inherit=True), names)
+        names[task["entry_point"]] = answer  # some tests compare the function with itself
+        exec(compile(task["test"], "tests.py", "exec", dont_inherit=True), names)
+        names["check"](answer)
+    except Broken:
+        pass
+    except BaseException as error:
+        return {"status": "failed", "detail": traceback.format_exception_only(error)[-1].strip()[:200]}
+    return {"status": "failed" if answer.broken else "passed", "detail": answer.broken or ""}
+
+
+def serve(calls: int, results: int) -> None:
+    """In the answer's process: define the function, then call it as often as it is asked for."""
+    asked, told = os.fdopen(calls, "rb"), os.fdopen(results, "wb")
+
+    def tell(message: Any) -> None:
+        told.write(json.dumps(message).encode() + b"\n")
+        told.flush()
+
+    tell("confined")
+    module = sys.modules["answer"] = ModuleType("answer")
+    function: Any = None
+    for line in asked:
+        message = json.loads(line)
+        try:
+            if "source" in message:
+                exec(compile(message["source"], "answer.py", "exec", dont_inherit=True), module.__dict__)
+                function, value = vars(module).get(message["entry_point"]), None
+                if function is None:
+                    raise NameError(f"the answer defines no {message['entry_point']}")
+            else:
+                value = function(*decode(message["args"]), **decode(message["kwargs"]))
+        except BaseException as error:
+            known = next(kind for kind in type(error).__mro__ if kind.__module__ == "builtins")
+            text = error.args[0] if known is KeyError and error.args else error
+            tell({"raised": [known.__name__, str(text)[:1000]]})
+            continue
+        try:
+            reply = {"value": encode(value)}
+        except (TypeError, RecursionError) as error:
+            reply = {"raised": ["unpassable", str(error)]}
+        tell(reply)
+
+
+def restrict(limits: dict[str, list[int]]) -> None:
+    """Limits first: setting them is no call that the boundary allows."""
     for name, (soft, hard) in limits.items():
         resource.setrlimit(getattr(resource, name), (soft, hard))
-    granted["processes"] = _cannot_fork()
-    return granted
-
-
-def _cannot_fork() -> bool:
-    """Whether the limit on processes holds: it does not bind root."""
-    try:
-        child = os.fork()
-    except OSError:
-        return True
-    if child == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
-    return False
-
-
-def guard(folder: str) -> None:
-    """Refuse, inside the interpreter, what an answer has no business with: processes, sockets, writing elsewhere.
-
-    A second line behind the system's limits. Code that sets out to break it can; a model's mistake does not.
-    """
-    inside = os.path.realpath(folder) + os.sep
-
-    def elsewhere(path: Any) -> bool:
-        if isinstance(path, int) or path is None:
-            return False
-        return not (os.path.realpath(os.fsdecode(path)) + os.sep).startswith(inside)
-
-    opened = 0
-
-    def check(event: str, args: tuple[Any, ...]) -> None:
-        nonlocal opened
-        if event == "open":
-            path, mode, flags = args
-            writes = bool(set(mode or "") & set("wax+")) or bool((flags or 0) & WRITING)
-            opened += writes
-            if opened > MOST_FILES:
-                raise PermissionError(f"the sandbox allows {MOST_FILES} files to be written")
-            if writes and elsewhere(path) and path != os.devnull:
-                raise PermissionError(f"the sandbox allows no writing outside its folder: {path!r}")
-        elif event == "import":
-            if args[0].partition(".")[0] in REFUSED:
-                raise PermissionError(f"the sandbox has no module {args[0]}")
-        elif event.startswith(CHANGING):
-            if any(elsewhere(arg) for arg in args if isinstance(arg, str | bytes | os.PathLike)):
-                raise PermissionError(f"the sandbox allows no {event} outside its folder")
-        elif event.startswith(DENIED):
-            raise PermissionError(f"the sandbox allows no {event}")
-
-    sys.addaudithook(check)
+    confine()
 
 
 def main() -> None:
-    report = int(sys.argv[1])
-    task = json.loads(sys.stdin.buffer.read())
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    granted = restrict(task["limits"], task["drop_user"])
-    os.write(report, json.dumps(granted).encode() + b"\n")
-    code: CodeType = compile(task["source"], "answer.py", "exec", dont_inherit=True)
-    guard(task["folder"])
-    exec(code, {"__name__": "__main__"})
-    os.write(report, task["secret"].encode())
+    role, limits, *pipes = sys.argv[1:]
+    ours = [os.dup(number) for number in (0, 1)]  # kept from what an answer or a test prints and reads
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in (0, 1, 2):
+        os.dup2(null, number)
+    os.close(null)
+    sys.argv, sys.path = [""], sys.path[1:]  # the standard library alone
+    sys.set_int_max_str_digits(0)
+    if role == "program":
+        restrict(json.loads(limits))
+        serve(*ours)
+        return
+    with os.fdopen(ours[0], "rb") as given:
+        task = json.load(given)
+    try:
+        restrict(json.loads(limits))
+    except OSError as error:
+        verdict = {"status": "unconfined", "detail": str(error)}
+    else:
+        verdict = judge(task, *map(int, pipes))
+    os.write(ours[1], json.dumps(verdict).encode())
 
 
 if __name__ == "__main__":

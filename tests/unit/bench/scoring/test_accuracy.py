@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from specflow.bench.scoring import accuracy as scoring
+from specflow.bench.scoring import sandbox as sandbox_module
 from specflow.bench.scoring.accuracy import (
     accuracy,
     check_scorable,
@@ -18,6 +19,7 @@ from specflow.bench.scoring.accuracy import (
     score_number,
     score_program,
 )
+from specflow.bench.scoring.confinement import missing
 from specflow.bench.scoring.sandbox import Sandbox
 from specflow.bench.statistics.records import Record
 from specflow.data.prompt_sets import Program, Question
@@ -91,6 +93,8 @@ WHOLE = "def total(xs: List[int]) -> int:\n    return double(sum(xs))\n"
 
 @pytest.fixture(scope="module")
 def sandbox() -> Sandbox:
+    if lack := missing():
+        pytest.skip(lack)
     return Sandbox.open()
 
 
@@ -125,7 +129,7 @@ def test_outcomes_of_programs(sandbox: Sandbox) -> None:
     wrong = score_program("```python\ndef total(xs):\n    return 12 / len(xs)\n```", PROGRAM, sandbox)
     assert wrong.got == "failed" and wrong.detail == "ZeroDivisionError: division by zero"
     source = program_of(f"```python\n{WHOLE}```", PROGRAM)
-    assert source is not None and source.startswith("from typing import List") and source.endswith("check(total)\n")
+    assert source == f"{PROMPT}\n{WHOLE}\n", "and nothing of the tests"
 
 
 GSM = [Question(f"g{i}", "math", ["How many?"], [f"so\n#### {i}"]) for i in range(3)]
@@ -183,7 +187,7 @@ def test_one_engine_alone_has_a_rate_and_no_difference() -> None:
 
 
 def test_programs_run_only_when_allowed_and_equal_answers_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     records = [
         record([], engine=engine, question="c0", repeat=repeat, tokens=[1], set="code")
@@ -192,10 +196,11 @@ def test_programs_run_only_when_allowed_and_equal_answers_once(
     ]
     runs: list[str] = []
 
-    def run(self: Sandbox, source: str) -> Any:
-        assert "programs that the model wrote" in caplog.text, "it says so before the first one"
-        runs.append(source)
-        return plain_run(self, source)
+    def run(self: Sandbox, source: str, program: Program) -> Any:
+        if program is PROGRAM:
+            assert "programs that the model wrote" in caplog.text, "it says so before the first one"
+            runs.append(source)
+        return plain_run(self, source, program)
 
     plain_run = Sandbox.run
     monkeypatch.setattr(scoring.Sandbox, "run", run)
@@ -210,9 +215,11 @@ def test_programs_run_only_when_allowed_and_equal_answers_once(
     assert "at most 10 s" in caplog.text
 
 
-def test_what_cannot_be_scored_is_one_line() -> None:
+def test_what_cannot_be_scored_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     check_scorable({"gsm": GSM, "code": CODE}, ["gsm"], execute_code=False)
-    check_scorable({"code": CODE}, ["code"], execute_code=True)
+    monkeypatch.setattr(sandbox_module, "missing", lambda: "the kernel grants no Landlock")
+    with pytest.raises(UserError, match="no boundary can be put around them here: the kernel grants no Landlock; or"):
+        check_scorable({"code": CODE}, ["code"], execute_code=True)
     with pytest.raises(UserError, match="prompt set writing cannot be scored"):
         check_scorable({"writing": PLAIN}, ["writing"], execute_code=True)
     unlike = [Question("q", "math", ["How many?"], ["#### many"])]
