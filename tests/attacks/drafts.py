@@ -1,12 +1,13 @@
 """Drafts of other trainers whose files are damaged or contradict themselves: each is one line when it is read.
 
-They are folders, not projects: a draft is met by training, after sampling. `test_drafts.py` reads each of them as
-`train.init_from` does, beside a target.
+They are folders, not projects: a draft is met by training, after sampling, so each is read as `train.init_from` reads
+it, beside a target.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from specflow.export.eagle3 import save_export
+from tests.captures import TinyProject, tiny_project
+from tests.toys import make_tiny_target
+from tests.unit.export.test_imports import make_draft
 
 Tensors = dict[str, Tensor]
 Config = dict[str, Any]
@@ -28,6 +34,19 @@ class BadDraft:
     damage: Callable[[Path], None]
     words: tuple[str, ...]
     """Words that the line must have."""
+
+
+def project_with_draft(folder: Path) -> tuple[TinyProject, Path]:
+    """A project beside a target, and the folder of a sound draft of it."""
+    made = tiny_project(folder / "project", make_tiny_target(folder / "target"))
+    draft = make_draft(made.facts, aux_layer_ids=made.facts.default_aux_layer_ids())
+    exported = made.paths.export / "eagle3"
+    save_export(draft, made.facts, exported)
+    return made, exported
+
+
+def copy_draft(exported: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(exported, folder))
 
 
 def tensors(name: str, change: Callable[[Tensors], object], *words: str) -> BadDraft:

@@ -4,45 +4,38 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from specflow.errors import UserError
-from specflow.export.eagle3 import save_export
 from specflow.export.imports import read_draft
 from specflow.serving.engines import Install
 from specflow.serving.family import launch_for
-from tests.attacks.drafts import CASES, BadDraft
-from tests.captures import TinyProject, tiny_project
-from tests.toys import make_tiny_target
-from tests.unit.export.test_imports import make_draft
+from tests.attacks.__main__ import draft_fault
+from tests.attacks.drafts import CASES, BadDraft, copy_draft, project_with_draft
+from tests.captures import TinyProject
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> TinyProject:
-    folder = tmp_path_factory.mktemp("drafts")
-    made = tiny_project(folder / "project", make_tiny_target(folder / "target"))
-    draft = make_draft(made.facts, aux_layer_ids=made.facts.default_aux_layer_ids())
-    save_export(draft, made.facts, made.paths.export / "eagle3")
-    return made
+def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyProject, Path]:
+    return project_with_draft(tmp_path_factory.mktemp("drafts"))
 
 
 @pytest.fixture
-def folder(project: TinyProject, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(project.paths.export / "eagle3", tmp_path / "draft"))
+def project(sound: tuple[TinyProject, Path]) -> TinyProject:
+    return sound[0]
+
+
+@pytest.fixture
+def folder(sound: tuple[TinyProject, Path], tmp_path: Path) -> Path:
+    return copy_draft(sound[1], tmp_path / "draft")
 
 
 @pytest.mark.parametrize("bad", CASES, ids=lambda bad: bad.name)
 def test_a_damaged_draft_is_one_line(project: TinyProject, folder: Path, bad: BadDraft) -> None:
-    bad.damage(folder)
-    with pytest.raises(UserError) as caught:
-        read_draft(folder, project.facts, project.paths.cache)
-    said = str(caught.value)
-    assert [word for word in bad.words if word.lower() not in said.lower()] == [] and "\n" not in said, said
+    assert draft_fault(bad, project, folder) == ""
 
 
 def test_what_the_file_need_not_say(project: TinyProject, folder: Path) -> None:
