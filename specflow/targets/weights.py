@@ -44,6 +44,10 @@ def weight_files(folder: Path) -> list[Path]:
     """
     single, index = folder / SINGLE, folder / INDEX
     if not index.is_file():
+        if single.is_symlink() and not single.exists():
+            raise UserError(
+                f"{single} is a link to {single.readlink()}, which is not there: fetch the checkpoint again"
+            )
         if not single.is_file():
             raise UserError(
                 f"{folder} has no safetensors weights ({SINGLE}, or shards and {INDEX}): "

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from tests.attacks.bad_input import BadInput
 from tests.toys import CHATML, make_tiny_target, make_tiny_tokenizer
+from tests.unit.targets.test_fetch import write_gguf
 
 Damage = Callable[[Path], None]
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 1234567\n"
@@ -171,6 +173,25 @@ def named_without_default(folder: Path) -> None:
     config("tokenizer_config.json", chat_template=named)(folder)
 
 
+def dangling(folder: Path) -> None:
+    """A cache from which only the blobs were cleared."""
+    (folder / "target" / WEIGHTS).unlink()
+    (folder / "target" / WEIGHTS).symlink_to("../../blobs/4d7a2146")
+
+
+def gguf(change: Callable[[bytes], bytes]) -> Damage:
+    """A GGUF file as target, with other bytes."""
+
+    def damage(folder: Path) -> None:
+        path = folder / "tiny.gguf"
+        model = AutoModelForCausalLM.from_pretrained(folder / "target")
+        write_gguf(path, model, make_tiny_tokenizer())
+        path.write_bytes(change(path.read_bytes()))
+        settings("target", source=f"file:{path}")(folder)
+
+    return damage
+
+
 def larger_tokenizer(folder: Path) -> None:
     make_tiny_tokenizer(330).save_pretrained(folder / "target")
 
@@ -236,6 +257,11 @@ DAMAGES: list[tuple[str, Damage, tuple[str, ...]]] = [
     ("header of 2**62 bytes", write(WEIGHTS, struct.pack("<Q", 2**62) + b"{}"), ("damaged or cut off",)),
     ("weights missing", remove(WEIGHTS), ("no safetensors weights", "convert")),
     ("weights are a pipe", pipe(WEIGHTS), ("no safetensors weights",)),
+    ("weights are a link to nothing", dangling, (WEIGHTS, "blobs/4d7a2146", "not there")),
+    ("GGUF cut off", gguf(lambda data: data[:-1000]), ("cannot read tiny.gguf", "use a whole GGUF")),
+    ("GGUF cut off in its header", gguf(lambda data: data[:3000]), ("cannot read tiny.gguf", "use a whole GGUF")),
+    ("GGUF of 2**60 tensors", gguf(lambda data: data[:8] + struct.pack("<Q", 2**60) + data[16:]), ("tiny.gguf",)),
+    ("GGUF unknown", gguf(lambda data: data.replace(b"llama", b"llamx")), ("tiny.gguf", "llamx", "supports")),
     (
         "a layer's tensor missing",
         weights(without("model.layers.3.mlp.up_proj.weight")),
