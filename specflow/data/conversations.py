@@ -153,6 +153,9 @@ def normalise(
         if message["role"] == "system" and not message["content"]:
             dropped["empty system message"] += 1
             continue
+        if message["role"] == "system" and [kept["role"] for kept in messages] == ["system"]:
+            messages[0]["content"] += f"\n\n{message['content']}"  # a system message and a developer's
+            continue
         if prompts_only and message["role"] == "user" and messages and messages[-1]["role"] == "user":
             messages.append({"role": "assistant", "content": ""})
         if message["role"] == "assistant" and message.pop("continues", False) and _ends_in(messages, "assistant"):
@@ -187,7 +190,7 @@ def _out_of_turn(message: Message, before: list[Message]) -> str | None:
     """What is wrong with a message at its place, None where nothing is."""
     role, last = message["role"], before[-1] if before else None
     if role == "unknown":
-        return f"unknown role {message['content']!r}"
+        return f"unknown role {message['content']!r}" if message["content"] else "message without a role"
     if role == "user" and not message["content"]:
         return "empty user message"
     after = "nothing" if last is None else last["role"]
@@ -208,10 +211,13 @@ def _message(turn: dict[str, Any], unused: Counter[str]) -> Message:
     unused.update(f"message.{key}" for key, value in turn.items() if key not in known and value not in (None, "", []))
     role = layouts.role_of(turn)
     if role is None:
-        return {"role": "unknown", "content": str(turn.get("from", turn.get("role")))[:30]}
+        word = turn.get("from", turn.get("role"))
+        return {"role": "unknown", "content": "" if word is None else str(word)[:30]}
     content = layouts.content_of(turn)
     if role == "call":
         return {"role": "assistant", "content": "", "tool_calls": _calls(layouts.unpacked(content)), "continues": True}
+    if role == "tool" and isinstance(content, dict):
+        content = json.dumps(_storable(content, "a tool's result"), ensure_ascii=False)
     if role != "assistant":
         message: Message = {"role": role, "content": _text(content, role)}
         if role == "tool":

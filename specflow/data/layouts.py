@@ -82,10 +82,11 @@ BESIDE = {*SYSTEM, *TOOLS, *ID_KEYS, "category"}
 # Beside a question.
 HISTORY = ("history",)
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-# Without these the texts are not what was said.
+# Without these the texts are not what was said, or asked.
 _SWITCHES = {"on", "off", "true", "false", "yes", "no", "none"}
 """What such a column holds where it says whether to think."""
 _NOTHING: tuple[Any, ...] = (None, "", [], {})
+CHOICES = ("choices", "options")
 REFUSED = ("image", "images", "video", "videos", "audio", "audios")
 
 _ROLES = {
@@ -97,7 +98,7 @@ _ROLES = {
 }
 _MARKUP = re.compile(
     r"<\|(im_start|im_end|start_header_id|end_header_id|eot_id|begin_of_text|endoftext|user|assistant|system|end)\|>"
-    r"|<(start|end)_of_turn>|\[/?INST\]"
+    r"|<(start|end)_of_turn>|\[/?INST\]|\[\|(Human|AI)\|\]"
 )
 _SPEAKERS = (
     re.compile(r"(?m)^\W*(human|user|instruction)\s*:", re.I),
@@ -134,7 +135,7 @@ def turns_of(record: Record, layout: Layout, unused: Counter[str]) -> tuple[Turn
             raise Refused(f"has {name}, and only text is used")
     if layout.conversation:
         key, value = _first(record, layout.conversation, layout.key)
-        turns, used = _conversation(key, value, alternate=layout.name == "ultrachat"), {key}
+        turns, used = _conversation(key, value), {key}
     else:
         turns, used = _question_and_answer(record, layout)
     unused.update(key for key, value in record.items() if key not in used | BESIDE and value not in _NOTHING)
@@ -180,11 +181,11 @@ def _are_objects(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
 
 
-def _conversation(key: str, value: Any, *, alternate: bool) -> Turns:
+def _conversation(key: str, value: Any) -> Turns:
     turns = unpacked(value)
     if not isinstance(turns, list):
         raise Refused(f"no list of {key}")
-    if alternate and all(isinstance(turn, str) for turn in turns):
+    if all(isinstance(turn, str) for turn in turns):
         return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
     if not _are_objects(turns):
         raise Refused(f"an entry of {key} is no object")
@@ -195,6 +196,9 @@ def _question_and_answer(record: Record, layout: Layout) -> tuple[Turns, set[str
     """Messages of a record of columns, and the columns that were used."""
     if isinstance(record.get("role"), str):
         raise Refused("is one message of a dialogue (it has a role), not a conversation")
+    for name in CHOICES:
+        if record.get(name) not in _NOTHING:
+            raise Refused(f"has {name} beside the question, which no layout writes into it")
     key, question = _first(record, layout.question, layout.key)
     answer_key, answer = _first(record, layout.answer, key)
     if isinstance(question, str):

@@ -54,6 +54,12 @@ def one(tmp_path: Path, record: dict[str, Any], tokenizer: Any = None) -> tuple[
         ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, ASKED[1]]}, ASKED),
         ("conversation", {"conversation_id": "1", "conversation": ASKED}, ASKED),
         ("ultrachat", {"data": ["hi", "hello"]}, ASKED),
+        ("sharegpt", {"conversations": ["hi", "hello"]}, ASKED),
+        (
+            "messages",
+            {"messages": [{**QUIET, "content": "be"}, {"role": "developer", "content": "quiet"}, *ASKED]},
+            [{**QUIET, "content": "be\n\nquiet"}, *ASKED],
+        ),
         ("alpaca", {"instruction": "hi", "input": "", "output": "hello", "system": "be quiet"}, [QUIET, *ASKED]),
         (
             "alpaca",
@@ -172,7 +178,12 @@ def test_marks_of_answers_not_to_train(tmp_path: Path, mark: dict[str, Any], tra
         ({"messages": ASKED, "tools": "yes"}, "tools are no list of functions with names"),
         ({"text": "hi", "role": "prompter"}, "is one message of a dialogue (it has a role), not a conversation"),
         ({"prompt": "\n\nHuman: hi\n\nAssistant:"}, "prompt is a whole dialogue"),
-        ({"conversation": ["hi", "hello"]}, "an entry of conversation is no object"),
+        (
+            {"question": "a or b?", "choices": ["a", "b"]},
+            "has choices beside the question, which no layout writes into it",
+        ),
+        ({"conversations": [{"user": "hi", "assistant": "hello"}]}, "message without a role"),
+        ({"conversation": [["human", "hi"]]}, "an entry of conversation is no object"),
     ],
 )
 def test_refused_records_say_why(tmp_path: Path, record: dict[str, Any], reason: str) -> None:
