@@ -116,7 +116,13 @@ def _load_draft(job: Job) -> tuple[Eagle3Draft | None, list[str]]:
     if job.foreign:
         return read_draft(job.draft, job.target, job.cache)
     check_export(job.draft, job.target)
-    return load_export(job.draft), []
+    draft, context = load_export(job.draft), job.target.max_position_embeddings
+    longest = draft.config.max_position_embeddings
+    if longest >= context:
+        return draft, []
+    note = f"the draft was made for {longest} positions, the target for {context}: what is longer is drafted badly"
+    logger.warning("bench: %s", note)
+    return draft, [note]
 
 
 @dataclass

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from specflow.bench.job import family_job
+from specflow.bench.measuring import _load_draft
 from specflow.export.imports import read_draft
 from specflow.serving.engines import Install
 from specflow.serving.family import launch_for
@@ -68,5 +70,7 @@ def test_a_draft_for_fewer_positions_limits_its_server(project: TinyProject, cap
             assert "--max-model-len 256" in words(max_model_len=256)
             assert "serve.max_model_len 256 drafts badly" in caplog.messages[-1]
             assert "--max-model-len 48" in words(max_model_len=48) and len(caplog.messages) == 2
+            job = family_job("tiny", family, project.params, project.paths)
+            assert _load_draft(job)[1] == [caplog.messages[-1].removeprefix("bench: ")] and len(caplog.messages) == 3
     finally:
         file.write_text(whole)

@@ -97,7 +97,7 @@ def test_table_of_a_family(summary: dict[str, Any]) -> None:
     speeds = [f"{11 * 18 / (base * 0.5 * 6.3 / 6.15):.1f}", f"{11 * 18 / base:.1f}"]
     assert cells[0][:5] == ["s", "2.00", "1.00 0.00 0.00", *speeds]
     assert cells[0][5].startswith("1.95x [1.9") and cells[0][6] == "yes"
-    assert [cells[1][0], cells[1][1], cells[1][4]] == ["n-gram lookup", "1.00", "0.80x"]
+    assert [cells[1][0], cells[1][1], cells[1][4]] == ["n-gram lookup", "1.00", "0.80x [0.80, 0.80]"]
     assert [cells[2][0], cells[2][1], cells[2][4]] == ["always right", "3.33", "4.00x"]
     assert lines[-1] == summary["verdict"]
     static = {**summary, "tree": {"branches": [[0], [1], [0, 0]]}}
