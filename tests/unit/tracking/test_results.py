@@ -98,7 +98,7 @@ def test_table_of_a_family(summary: dict[str, Any]) -> None:
     assert cells[0][:5] == ["s", "2.00", "1.00 0.00 0.00", *speeds]
     assert cells[0][5].startswith("1.95x [1.9") and cells[0][6] == "yes"
     assert [cells[1][0], cells[1][1], cells[1][4]] == ["n-gram lookup", "1.00", "0.80x [0.80, 0.80]"]
-    assert [cells[2][0], cells[2][1], cells[2][4]] == ["always right", "3.33", "4.00x"]
+    assert [cells[2][0], cells[2][1], cells[2][4]] == ["always right", "3.33", "4.00x [4.00, 4.00]"]
     assert lines[-1] == summary["verdict"]
     static = {**summary, "tree": {"branches": [[0], [1], [0, 0]]}}
     assert "a static tree of at most 3 nodes, 3 deep" in family_table("tiny", static)
