@@ -104,19 +104,21 @@ def make_trainer(documents: list[Document], ttt_steps: int) -> Trainer:
     )
 
 
-def useful_flops(batch: Batch) -> float:
+def useful_flops(c: Eagle3Config, batch: Batch) -> float:
     """Products that the definition needs, forward and backward (3 x), and the teacher's (1 x). Of attention the keys
     that a row sees, 1.5 % of all where documents have 256 tokens; no norms, nothing that is computed twice.
+
+    No gradient is needed in the captured states.
     """
     n, m = len(batch.rows.positions), len(batch.rows.queries)
-    q, kv = 576, 192
-    layer = 2 * H * q + q * H + 3 * H * INTERMEDIATE
-    total = 3 * (n * 3 * H * H + n * 2 * (2 * H * kv)) - n * 3 * H * H  # no gradient is needed in the captured states
+    h, q, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    layer = 2 * h * q + q * h + 3 * h * c.intermediate_size
+    total = 2 * n * len(c.aux_layer_ids) * c.target_hidden_size * h + 3 * n * 2 * (2 * h * kv)
     seen = sum((s.stop - s.start) * (s.start + s.stop + 1 - 2 * s.document) / 2 for s in batch.rows.prefix.segments)
     for k, rows in enumerate(batch.supervised):
         total += 3 * 2 * q * (seen + m * k)
-        total += 3 * (m * layer + (m * 2 * (2 * H * kv) if k else 0) + len(rows) * H * D)
-    return 2.0 * (total + len(batch.teacher_states) * H * D)
+        total += 3 * (m * layer + (m * 2 * (2 * h * kv) if k else 0) + len(rows) * h * c.draft_vocab_size)
+    return 2.0 * (total + len(batch.teacher_states) * c.target_hidden_size * c.draft_vocab_size)
 
 
 def random_document(length: int, spans: list[tuple[int, int]]) -> Document:
@@ -141,7 +143,7 @@ def peers(runs: int) -> None:
             plain, onednn = gemm_peaks()
             seconds = time_steps(trainer, [batch], runs)
             ratios.append(512 / seconds / (peer_tok_s * plain / PEERS_PEAK_GFLOPS))
-            shares.append(useful_flops(batch) / seconds / 1e9 / onednn)
+            shares.append(useful_flops(CONFIG, batch) / seconds / 1e9 / onednn)
         print(
             f"2 x 256 tokens, all supervised, TTT {ttt_steps}: {512 / seconds:.0f} tok/s = "
             f"{statistics.median(ratios):.2f} x "
@@ -166,7 +168,7 @@ def packed_against_padded(family: str, runs: int) -> None:
         pack([every_row(d, max(len(x.token_ids) for x in group)) for d in group], settings.ttt_steps)
         for group in groups
     ]
-    flops, shares = sum(useful_flops(batch) for batch in packed), []
+    flops, shares = sum(useful_flops(CONFIG, batch) for batch in packed), []
     for _ in range(ROUNDS):
         plain, onednn = gemm_peaks()
         base = time_steps(trainer, packed, runs)
@@ -197,7 +199,7 @@ def once(trainer: Trainer, features: StoredFeatures, groups: list[list[Row]], tt
         trainer.step([pack(documents, ttt_steps, ROUND_ROWS)], 0)
         seconds += time.perf_counter() - started
         plain = pack(documents, ttt_steps)  # filler is not useful
-        flops, tokens = flops + useful_flops(plain), tokens + plain.num_tokens
+        flops, tokens = flops + useful_flops(CONFIG, plain), tokens + plain.num_tokens
     share = flops / seconds / 1e9 / statistics.median(onednn)
     print(f"  {len(groups)} batches, each once, loading included: {tokens / seconds:.0f} tok/s, {share:.1%}")
 

@@ -12,15 +12,22 @@ import ctypes
 import os
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from specflow.device import execution
+
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_PACKS_BF16 = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # not without AVX-512
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 # read at the first product: training meets some thousand shapes, of which oneDNN by itself remembers 1024
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
-_PACKABLE = (torch.float32, torch.bfloat16)
+
+
+def _by_onednn(a: Tensor, b: Tensor) -> bool:
+    return _ONEDNN and a.dtype == b.dtype == torch.float32 and execution(a.device).own_kernels
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -44,19 +51,14 @@ class _OneDnnLinear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [rows, in] @ weight[out, in].T -> [rows, out], differentiable."""
-    if (
-        _ONEDNN
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-    ):
+    if _by_onednn(x, weight) and not torch.is_autocast_enabled("cpu"):
         return _OneDnnLinear.apply(x, weight)
     return F.linear(x, weight)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a [m, k] @ b [k, n], no gradient: for hand-written backward passes."""
-    if _ONEDNN and a.device.type == "cpu" and a.dtype == b.dtype == torch.float32:
+    if _by_onednn(a, b):
         return _product(a, b.t())
     return a @ b
 
@@ -84,9 +86,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [rows, n] / RMS(x) * weight [n]. While training on a CPU with half the passes of torch's own, which has no
     kernel for the gradient there.
     """
-    if x.device.type == "cpu" and x.dtype == weight.dtype and torch.is_grad_enabled():
+    if x.dtype == weight.dtype and torch.is_grad_enabled() and execution(x.device).own_kernels:
         return _RmsNorm.apply(x, weight, eps)
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)  # torch's fused kernel takes one dtype
+
+
+def argmax(x: Tensor) -> Tensor:
+    """Place [...] of the largest value of x [..., n], the first among equals."""
+    if execution(x.device).host_memory:  # numpy's takes a tenth of torch's time
+        return torch.from_numpy(np.asarray(x.detach().float().numpy().argmax(-1)))
+    return x.argmax(-1)
 
 
 class _TakeRows(torch.autograd.Function):
@@ -136,9 +145,11 @@ class PrepackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.packed, self.bias, "none", [], "").to(x.dtype)
 
 
-def packable(weight: Tensor) -> bool:
-    """Whether a weight on this device and in this dtype gains from oneDNN's blocked layout."""
-    return _ONEDNN and weight.device.type == "cpu" and weight.dtype in _PACKABLE
+def packable(weight: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether a weight on this device and in `dtype`, by default its own, gains from oneDNN's blocked layout."""
+    dtype = dtype or weight.dtype
+    known = dtype == torch.float32 or (dtype == torch.bfloat16 and _PACKS_BF16)
+    return _ONEDNN and known and execution(weight.device).own_kernels
 
 
 def fast_bf16() -> bool:
@@ -152,8 +163,6 @@ def prepack(model: nn.Module) -> nn.Module:
     For inference only. Exact types: a subclass with a forward of its own stays. Leaves anything but fp32 or bf16 on CPU
     untouched, so a GPU path stays plain torch.
     """
-    if not _ONEDNN:
-        return model
     for name, child in model.named_children():
         if type(child) is nn.Linear and packable(child.weight):
             setattr(model, name, PrepackedLinear(child.weight, child.bias))

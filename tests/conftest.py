@@ -13,10 +13,12 @@ import pytest
 import yaml
 
 from specflow.config import Params, parse_params
+from specflow.device import executing
 from specflow.gpus import nvml
 from specflow.paths import Paths
 from specflow.tracking.store import STORE, open_store
 from tests import fake_nvml
+from tests.choices import AS_GPU, flex_trains_on_cpu
 from tests.toys import tiny_params
 
 
@@ -41,6 +43,15 @@ def params(project: Path) -> Params:
 @pytest.fixture
 def paths(project: Path) -> Paths:
     return Paths(root=Path(), family="tiny", cache=project / "cache")
+
+
+@pytest.fixture
+def as_gpu() -> Iterator[None]:
+    """Work on the CPU takes a GPU's choices: bfloat16 autocast and tables, flex attention, a loading thread, torch's
+    own kernels, results read at once.
+    """
+    with executing(AS_GPU), flex_trains_on_cpu():
+        yield
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ def make_llama(
     seed: int = 0,
     num_layers: int = 4,
     num_heads: int = 4,
+    hidden_size: int = H,
     spread: float = 1.5,
     noise: float = 0.0,
 ) -> LlamaForCausalLM:
@@ -38,7 +39,7 @@ def make_llama(
     With `noise`, relative to the weights, a model that often agrees with the one without.
     """
     config = LlamaConfig(
-        **(_SHAPE | {"num_attention_heads": num_heads}),
+        **(_SHAPE | {"num_attention_heads": num_heads, "hidden_size": hidden_size}),
         vocab_size=vocab_size,
         num_hidden_layers=num_layers,
         max_position_embeddings=256,
@@ -132,9 +133,10 @@ class KnownTree:
         num_right: int | None,
         num_nodes: int = 12,
         shape: tuple[list[int], list[int]] | None = None,
+        vocab_size: int = V,
     ) -> None:
         self.start_at, self.answer, self.num_right, self.shape = len(prompt), answer, num_right, shape
-        self.num_nodes = num_nodes if shape is None else len(shape[0])
+        self.num_nodes, self.vocab_size = num_nodes if shape is None else len(shape[0]), vocab_size
         self.generator = torch.Generator().manual_seed(0)
         self.expected: list[list[int]] = []  # the path that has to be accepted, step by step
 
@@ -155,7 +157,7 @@ class KnownTree:
         def number(below: int) -> int:
             return int(torch.randint(below, (), generator=self.generator))
 
-        at = len(history) - self.start_at
+        at, size = len(history) - self.start_at, self.vocab_size
         right = (self.answer + [0] * (self.num_nodes + 1))[at:]
         if self.shape is None:
             parents = [number(node + 1) - 1 for node in range(self.num_nodes)]
@@ -170,7 +172,7 @@ class KnownTree:
         num_right = len(path) if self.num_right is None else min(self.num_right, len(path))
         self.expected.append(path[:num_right])
         tokens = [
-            right[depths[node]] if node in path[:num_right] else (right[depths[node]] + 1 + number(V - 2)) % V
+            right[depths[node]] if node in path[:num_right] else (right[depths[node]] + 1 + number(size - 2)) % size
             for node in range(self.num_nodes)
         ]
         return Proposal(tokens, parents)

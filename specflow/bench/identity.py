@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import specflow
+from specflow.device import name_of
 from specflow.errors import UserError
 from specflow.files import sha256_file
 from specflow.resume import code_digest
@@ -25,7 +26,7 @@ def identity(facts: TargetFacts, draft_folder: Path | None, root: Path, device: 
         "cpu_cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "load_average_at_start": os.getloadavg()[0],
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": name_of(device),
         "platform": platform.platform(),
         "versions": {
             "specflow": specflow.__version__,

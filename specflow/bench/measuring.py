@@ -38,7 +38,8 @@ from specflow.decoding.independent import IndependentDrafter, check_assistant, l
 from specflow.decoding.known import KnownAnswerDrafter
 from specflow.decoding.lookup import LookupDrafter
 from specflow.decoding.tree import TreeDrafter, check_width
-from specflow.drafters.inference import decoding_dtype, prepare
+from specflow.device import default_device, device_for_loading, release_memory
+from specflow.drafters.inference import decoding_dtype, place
 from specflow.errors import UserError
 from specflow.export.eagle3 import check_export, load_export
 from specflow.export.imports import read_draft
@@ -139,8 +140,10 @@ class Work:
     def open(cls, stack: ExitStack, job: Job, share: Share = WHOLE) -> Work:
         """`stack` holds the resume state."""
         inputs = Inputs.load(job)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = default_device()
         about = identity(job.target, job.draft if job.has_draft else None, job.root, device)
+        if inputs.draft is not None:
+            about["draft_dtype"] = str(_draft_dtype(job, device)).removeprefix("torch.")
         machine = {part: about[part] for part in ("versions", "cpu", "device", "torch_threads")}
         if job.on_other_machine == "refuse" and share != MERGE:
             _check_machine(job.state / MACHINE, machine)
@@ -257,7 +260,7 @@ class Work:
 
     @cached_property
     def _model(self) -> PreTrainedModel:
-        device = "auto" if self.job.gpus_per_model > 1 and self.device.type == "cuda" else str(self.device)
+        device = device_for_loading(self.device, self.job.gpus_per_model)
         return optimise_for_inference(load_model(self.job.target, self.job.cache, device=device))
 
     @cached_property
@@ -265,16 +268,10 @@ class Work:
         ids = self.inputs.draft.config.aux_layer_ids if self.inputs.draft is not None else ()
         return CachedTarget(self._model, num_rows=1, max_length=self.inputs.max_length, aux_layer_ids=ids)
 
-    @property
-    def _draft_dtype(self) -> torch.dtype:
-        return decoding_dtype(self.job.bench.draft_dtype, getattr(torch, self.job.target.dtype), self.device)
-
     @cached_property
     def _session(self) -> Eagle3Session:
         assert self.inputs.draft is not None
-        dtype = self._draft_dtype
-        on_device = self.inputs.draft.to(self.device, dtype if self.device.type == "cuda" else torch.float32)
-        draft = prepare(on_device, dtype)
+        draft = place(self.inputs.draft, _draft_dtype(self.job, self.device), self.device)
         return Eagle3Session(draft, self._model.get_input_embeddings().weight, self.inputs.max_length)
 
     def release(self) -> None:
@@ -284,8 +281,7 @@ class Work:
         for name in ("_target", "_session", "_model"):
             self.__dict__.pop(name, None)
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(self.device)
 
     def _measure_stock(self) -> dict[str, Any]:
         model = load_model(self.job.target, self.job.cache, device=str(self.device))
@@ -345,7 +341,7 @@ class Work:
         summary = {
             "family": self.job.name,
             "settings": self.inputs.settings,
-            "identity": self.about | ({"draft_dtype": str(self._draft_dtype)[6:]} if self.inputs.draft else {}),
+            "identity": self.about,
             **summary_of(
                 records,
                 num_speculative_tokens=self.num_speculative_tokens,
@@ -365,6 +361,10 @@ class Work:
             **over_stock(records, rows.get("stock") if "stock" in self._needed else None, greedy=bench.greedy),
         }
         return summary, scored
+
+
+def _draft_dtype(job: Job, device: torch.device) -> torch.dtype:
+    return decoding_dtype(job.bench.draft_dtype, getattr(torch, job.target.dtype), device)
 
 
 def _check_machine(path: Path, now: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from specflow.decoding.sampling import GREEDY, Sampling
 from specflow.decoding.verify import NOTHING, Proposal, verify
+from specflow.device import wait
 from specflow.errors import UserError
 from specflow.model_time import MODEL_TIME
 from specflow.targets.cached import CachedTarget
@@ -153,11 +154,9 @@ def check_fits(num_prompt_tokens: int, max_new_tokens: int, num_drafted: int, ma
 
 def clock_of(device: torch.device) -> Callable[[], float]:
     """A wall clock in seconds that waits for the device first, so that a reading ends the work before it."""
-    if device.type != "cuda":
-        return time.perf_counter
 
     def read() -> float:
-        torch.cuda.synchronize(device)
+        wait(device)
         return time.perf_counter()
 
     return read

@@ -5,19 +5,28 @@ A query row at step k attends the keys of step 0 causally within its document (t
 calls of the flash kernel (earlier rows of the document in full, the segment itself causally), merged with the
 diagonal by
 log-sum-exp, with the exact joint gradient; memory grows with tokens, not with their square. On GPU the prefix is one
-flex-attention call over a block mask.
+flex-attention call over a block mask. Which of the two runs is `Execution.attention`'s choice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from specflow.device import execution
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+BLOCK = 128
+"""Queries and keys in a block of the mask: what flex attention's kernels take by default."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +51,11 @@ class Prefix:
     segments: list[Segment]
     _block_mask: Any = field(default=None, repr=False)
 
-    def bounds(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """First and last visible packed row of each query [M], [M]."""
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """First and last visible packed row of each query, [M] and [M] int64 on CPU."""
         first = torch.cat([torch.full((s.last - s.first,), s.document) for s in self.segments])
         last = torch.cat([torch.arange(s.start, s.stop) for s in self.segments])
-        return first.to(device), last.to(device)
+        return first, last
 
 
 def ttt_attention(
@@ -62,7 +71,7 @@ def ttt_attention(
     Shapes: queries [M, heads, d]; keys, values [N, kv_heads, d]; own_keys, own_values lists of [M, kv_heads, d] ->
     [M, heads, d].
     """
-    if queries.device.type == "cpu":
+    if execution(queries.device).attention == "flash":
         return _CpuAttention.apply(queries, keys, values, prefix, len(own_keys), *own_keys, *own_values)
     return flex_ttt_attention(queries, keys, values, own_keys, own_values, prefix)
 
@@ -173,32 +182,71 @@ def flex_ttt_attention(
     prefix: Prefix,
 ) -> Tensor:
     """The same by flex attention with a block-sparse mask, merged with the diagonal by log-sum-exp in autograd."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import AuxRequest
 
     if prefix._block_mask is None:
-        first, last = prefix.bounds(queries.device)
-
-        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return (k >= first[q]) & (k <= last[q])
-
-        prefix._block_mask = create_block_mask(visible, None, None, len(first), keys.shape[0], device=queries.device)
-    run = torch.compile(flex_attention, dynamic=True) if queries.device.type == "cuda" else flex_attention
-    out, lse = run(
+        prefix._block_mask = block_mask(prefix, keys.shape[0], queries.device)
+    run = _flex_attention(execution(queries.device).compiler)
+    out, aux = run(
         _batched(queries),
         _batched(keys),
         _batched(values),
         block_mask=prefix._block_mask,
         enable_gqa=True,
-        return_lse=True,
+        return_aux=AuxRequest(lse=True),
     )
-    out, lse = out[0].transpose(0, 1), lse[0].t()
+    out, lse = out[0].transpose(0, 1), aux.lse[0].t()
     if not own_keys:
         return out
     scale = queries.shape[-1] ** -0.5
     scores = torch.stack([lse, *(_diagonal_scores(queries, key, scale) for key in own_keys)])
     weights = scores.softmax(0).to(queries.dtype)
-    group = queries.shape[1] // keys.shape[1]
-    merged = weights[0][..., None] * out
+    grouped = (queries.shape[0], keys.shape[1], queries.shape[1] // keys.shape[1], -1)
+    merged = (weights[0][..., None] * out).view(grouped)
     for w, value in zip(weights[1:], own_values, strict=True):
-        merged = merged + w[..., None] * value.repeat_interleave(group, 1)
-    return merged
+        merged = merged + w.view(grouped) * value[:, :, None]
+    return merged.flatten(1, 2)
+
+
+@cache
+def _flex_attention(compiler: str) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=compiler)
+
+
+def block_mask(prefix: Prefix, num_keys: int, device: torch.device) -> BlockMask:
+    """What each query sees of `num_keys` keys, as flex attention takes it: for each block of BLOCK queries, which
+    blocks of keys are visible to all of them, and which to some, where the kernel looks at each pair.
+
+    Made from the queries' bounds: memory grows with rows, and by 16 bytes a pair of blocks, a thousandth of a byte a
+    pair of rows.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    first, last = prefix.bounds()
+    blocks = -(-len(first) // BLOCK), -(-num_keys // BLOCK)
+    some = _count(blocks, first // BLOCK, last // BLOCK + 1) > 0
+    every = _count(blocks, -(-first // BLOCK), (last + 1) // BLOCK) == BLOCK
+    parts = [x.to(device)[None, None] for blocks in (some & ~every, every) for x in _listed(blocks)]
+    first, last = first.to(device), last.to(device)
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k >= first[q]) & (k <= last[q])
+
+    return BlockMask.from_kv_blocks(*parts, BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(len(first), num_keys))
+
+
+def _count(blocks: tuple[int, int], begin: Tensor, end: Tensor) -> Tensor:
+    """How many queries of each block have each block of keys in their range [begin, end): `blocks` int32."""
+    edges = torch.zeros(blocks[0], blocks[1] + 1, dtype=torch.int32)
+    own, one = torch.arange(len(begin)) // BLOCK, torch.ones(len(begin), dtype=torch.int32)
+    edges.index_put_((own, begin), one, accumulate=True)
+    edges.index_put_((own, end.maximum(begin)), -one, accumulate=True)
+    return edges.cumsum(1, dtype=torch.int32)[:, :-1]
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of set blocks in each row, and all blocks, the set ones first: int32."""
+    order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from specflow.device import execution
 from specflow.drafters.eagle3 import Eagle3Draft, Linear
 from specflow.drafters.rotary import rotate
 from specflow.kernels import PrepackedLinear, fast_bf16, packable
@@ -20,7 +21,7 @@ def prepare(draft: Eagle3Draft, dtype: torch.dtype | None = None) -> Eagle3Draft
     anywhere else, and where it is prepared already, the draft itself.
     """
     draft.eval().requires_grad_(False)
-    if isinstance(draft, PreparedDraft) or not packable(draft.lm_head.weight):
+    if isinstance(draft, PreparedDraft) or not packable(draft.lm_head.weight, dtype):
         return draft
     return PreparedDraft(draft, dtype or draft.lm_head.weight.dtype)
 
@@ -31,9 +32,17 @@ def decoding_dtype(setting: str, target: torch.dtype, device: torch.device) -> t
     """
     if setting != "auto":
         return torch.float32 if setting == "float32" else torch.bfloat16
-    if device.type == "cuda":
+    if not execution(device).own_kernels:
         return target
     return torch.bfloat16 if fast_bf16() else torch.float32
+
+
+def place(draft: Eagle3Draft, dtype: torch.dtype, device: torch.device) -> Eagle3Draft:
+    """The draft on `device` for inference only, in `dtype`: all of it, or where the prepared form serves its products
+    alone, the rest in float32. Takes `draft` over.
+    """
+    draft = draft.to(device, torch.float32)
+    return prepare(draft if packable(draft.lm_head.weight, dtype) else draft.to(dtype), dtype)
 
 
 class PreparedDraft(Eagle3Draft):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,12 +70,16 @@ def plan_batches(rows: Sequence[RowInfo], batch_tokens: int) -> Iterator[Sequenc
 
 
 class StateCapture:
-    """Runs the target's decoder, without its head, and keeps the residual streams and the post-norm last state."""
+    """Runs the target's decoder, without its head, and keeps the residual streams and the post-norm last state.
+
+    Threads may share one: its hooks write to one place, so that captures take turns.
+    """
 
     def __init__(self, model: PreTrainedModel, aux_layer_ids: Sequence[int], dtype: torch.dtype) -> None:
         """`dtype` is that of the states given back. The model is optimised for inference in place."""
         self._decoder = decoder_of(optimise_for_inference(model))
         self._aux: dict[int, Tensor] = {}
+        self._turn = Lock()  # from a forward until its states are read
         self._aux_layer_ids, self._dtype = list(aux_layer_ids), dtype
         self._hooks = capture_hooks(self._decoder, aux_layer_ids, self._aux)
 
@@ -100,14 +105,15 @@ class StateCapture:
             padded[i, : len(row)] = torch.tensor(row)
         real = (torch.arange(width) < lengths[:, None]).flatten().nonzero()[:, 0]
         device = next(self._decoder.parameters()).device
-        final = self._decoder(input_ids=padded.to(device), use_cache=False).last_hidden_state
         index = real.to(device)
 
         def packed(states: Tensor) -> Tensor:
             states = states.flatten(0, 1)
             return (states if len(real) == len(states) else states[index]).to(self._dtype)
 
-        features = torch.cat([packed(self._aux[layer]) for layer in self._aux_layer_ids], dim=-1)
+        with self._turn:
+            final = self._decoder(input_ids=padded.to(device), use_cache=False).last_hidden_state
+            features = torch.cat([packed(self._aux[layer]) for layer in self._aux_layer_ids], dim=-1)
         last = packed(final)
         finite = torch.isfinite(features).all(-1) & torch.isfinite(last).all(-1)
         return padded.flatten()[real].int(), features, last, finite

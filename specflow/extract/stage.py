@@ -20,6 +20,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from specflow.device import default_device
 from specflow.errors import UserError
 from specflow.extract import vllm
 from specflow.extract.capture import SampleRow, StateCapture, plan_batches, select_rows
@@ -207,7 +208,7 @@ class _Work:
                 self.parked,
             )
         elif missing:
-            model = load_model(self.facts, self.paths.cache, device="cuda" if torch.cuda.is_available() else "cpu")
+            model = load_model(self.facts, self.paths.cache, device=str(default_device()))
             done = capture(model, missing, tokens_of, self.folder, self.settings, self.aux_layer_ids)
         tok_s = sum(shard.num_tokens for shard in missing) / (time.perf_counter() - started)
         return done, {"tok_s": tok_s} | ({} if self.parked is None else {"rows_from_sampling": from_sampling})

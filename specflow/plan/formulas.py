@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from specflow.config import Family
+from specflow.device import CPU, GPU
 from specflow.hidden_states import bytes_per_token
 from specflow.plan.facts import Device, Shape
 
@@ -23,8 +24,6 @@ PROCESS_BYTES = 1.5e9
 """Interpreter, torch and libraries of one stage process."""
 ADAM_BYTES = 16
 """Per trained parameter: weight, gradient and two moments in fp32."""
-LOSS_CHUNK_LOGITS = {"cpu": 960 * 8192, "cuda": 32 << 20}
-"""As in training/losses.py; four such arrays exist at a time."""
 PREFILL_BATCH_TOKENS = 4096
 """Of one prefill forward, as in sample/generation.py."""
 WEIGHT_SHARE = 0.7
@@ -225,8 +224,8 @@ def training_bytes(family: Family, shape: Shape) -> float:
     rows = t * (4 * num_aux(family) * h * 2 + 4 * h)
     heads = (shape.num_attention_heads + 2 * shape.num_key_value_heads) * shape.head_dim
     kept = t * steps * size * (10 * h + 2 * heads + 4 * width)
-    logits = LOSS_CHUNK_LOGITS["cpu" if size == 4 else "cuda"]
-    chunk = logits * 4 * 4 + 4 * vocab * h
+    logits = (CPU if size == 4 else GPU).loss_logits
+    chunk = logits * 4 * 4 + 4 * vocab * h  # four such arrays exist at a time
     fit = ((num_aux(family) + 1) * h) ** 2 * 8 * 4 if family.train.fit_tokens else 0
     return float(parameters + tables + max(rows + kept + chunk, fit))
 

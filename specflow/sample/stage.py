@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from tqdm import tqdm
 
+from specflow.device import default_device
 from specflow.errors import UserError
 from specflow.files import RowLog, read_jsonl, sha256_file, write_jsonl
 from specflow.resume import State, code_digest, versions
@@ -137,7 +138,7 @@ class _Work:
                 return
             completed = generation.complete(
                 conversations,
-                model=load_model(facts, self.paths.cache, device=_device()),
+                model=load_model(facts, self.paths.cache, device=str(default_device())),
                 turns=turns,
                 batch_size=settings.batch_size,
             )
@@ -174,12 +175,6 @@ def _key(facts: TargetFacts, family: Family, paths: Paths, prompts_digests: dict
 
 def _engine_name(settings: Sample) -> str:
     return f"transformers {transformers.__version__}" if settings.engine == "transformers" else settings.engine
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _conversation(row: dict[str, Any], settings: Sample, split: str) -> Conversation:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specflow.drafters.eagle3 import Eagle3Draft
-from specflow.kernels import matmul
+from specflow.kernels import argmax, matmul
 from specflow.training.packing import Batch
 
 CHUNK_ROWS = 512
@@ -29,9 +29,9 @@ class Expectation:
 
 @torch.inference_mode()
 def target_choices(batch: Batch, full_head: Tensor) -> Tensor:
-    """Argmax over the target's full vocabulary at each teacher position [P], in chunks."""
+    """Argmax over the target's full vocabulary at each teacher position [P]; states and head of one dtype."""
     states = batch.teacher_states
-    chunks = [matmul(states[i : i + CHUNK_ROWS], full_head.t()).argmax(-1) for i in range(0, len(states), CHUNK_ROWS)]
+    chunks = [argmax(matmul(states[i : i + CHUNK_ROWS], full_head.t())) for i in range(0, len(states), CHUNK_ROWS)]
     return torch.cat(chunks)
 
 
@@ -39,20 +39,20 @@ def target_choices(batch: Batch, full_head: Tensor) -> Tensor:
 def count_survivors(draft: Eagle3Draft, batch: Batch, choices: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
     """Surviving and started chains by position, [S] and [S] int64.
 
-    A chain starts at every supervised row. Position k counts the chains whose predicted tokens up to k + 1 exist,
-    so the end of an answer censors instead of failing. A draft token survives when its target id is `choices` there.
+    A chain starts at every row where a server starts one. Position k counts the chains whose predicted tokens up to
+    k + 1 exist, so the end of an answer censors instead of failing. A draft token survives when its target id is
+    `choices` there.
     """
     steps = draft.unroll(batch.rows, embedding)
-    num_queries = len(batch.rows.queries)
-    alive = torch.ones(num_queries, dtype=torch.bool, device=choices.device)
+    alive = batch.served
     survived, started = [], []
     for hidden, rows, teacher_rows in zip(steps, batch.supervised, batch.teacher_rows, strict=True):
-        best = torch.cat([draft.logits(part).argmax(-1) for part in hidden[rows].split(CHUNK_ROWS)])
+        best = torch.cat([argmax(draft.logits(part)) for part in hidden[rows].split(CHUNK_ROWS)])
         match = best + draft.d2t[best] == choices[teacher_rows]
         still = torch.zeros_like(alive)
         still[rows] = match & alive[rows]
         survived.append(still.sum())
-        started.append(torch.tensor(len(rows), device=choices.device))
+        started.append(batch.served[rows].sum())
         alive = still
     return torch.stack(survived), torch.stack(started)
 

@@ -87,7 +87,7 @@ def _continued(
         return old
     draft = Eagle3Draft(c.model_copy(update={"draft_vocab_size": len(d2t)}))
     by_token = torch.zeros(c.vocab_size, c.hidden_size)
-    by_token[old.t2d] = old.lm_head.weight.detach()
+    by_token[old.d2t + torch.arange(len(old.d2t))] = old.lm_head.weight.detach()  # in d2t's order, whatever it is
     weights = {
         name: tensor for name, tensor in old.state_dict().items() if name not in ("d2t", "t2d", "lm_head.weight")
     }

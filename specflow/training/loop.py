@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from specflow.config import Train
+from specflow.device import execution
 from specflow.drafters.eagle3 import Eagle3Draft
 from specflow.errors import UserError
 from specflow.kernels import keep_freed_memory, take_rows
@@ -59,10 +60,10 @@ class Trainer:
         check_rows(self.train_rows, "train")
         check_rows(self.eval_rows, "eval")
         self.plan = plan_steps(self.train_rows, c)
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.full_head = self.full_head.to(self.device, dtype)
+        self.execution = execution(self.device)
+        self.full_head = self.full_head.to(self.device, self.execution.training_dtype)
         self.teacher_head = self.full_head[self.draft.t2d.to(self.device)]
-        self.embedding = self.embedding.to(self.device, dtype)
+        self.embedding = self.embedding.to(self.device, self.execution.training_dtype)
         self.draft = self.draft.to(self.device).train()
         self.optimizer = torch.optim.AdamW(
             self.draft.parameters(), lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, fused=True
@@ -129,11 +130,11 @@ class Trainer:
                 return
             batch = self._load([self.train_rows[i] for i in members])
             seen += batch.num_tokens
-            yield batch.to(self.device)
+            yield batch
 
     def step(self, group: list[Batch], step: int) -> dict[str, float]:
-        """One optimizer step over the micro-batches of `group`; returns its loss, per-step losses and matches, lr,
-        norm.
+        """One optimizer step over the micro-batches of `group`, as `_load` gives them; returns its loss, per-step
+        losses and matches, lr, norm.
         """
         c = self.config
         counts = [sum(len(batch.supervised[k]) for batch in group) for k in range(c.ttt_steps)]
@@ -141,7 +142,7 @@ class Trainer:
         lr = learning_rate(step, len(self.plan), c)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
-        sums = [self._backward(batch.to(self.device), weights) for batch in group]
+        sums = [self._backward(batch, weights) for batch in group]
         norm = self._clip()
         if not math.isfinite(norm):
             raise UserError(f"{self.stage}: gradient norm is {norm} at step {step}: lower train.lr")
@@ -167,16 +168,15 @@ class Trainer:
         return length
 
     def _backward(self, batch: Batch, weights: list[float]) -> StepSums:
-        bf16 = self.device.type == "cuda"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+        with self.execution.autocast(self.device):
             steps = self.unroll(batch.rows, self.embedding)
             normed = [
                 self.draft.head_input(take_rows(hidden, rows))
                 for hidden, rows in zip(steps, batch.supervised, strict=True)
             ]
-            normed = [x.to(torch.bfloat16) if bf16 else x for x in normed]
+            normed = [x.to(self.teacher_head.dtype) for x in normed]
         teacher = Teacher(
-            states=batch.teacher_states.to(self.teacher_head.dtype),
+            states=batch.teacher_states,
             head=self.teacher_head,
             full_head=self.full_head if self.config.loss == "lk_hybrid" else None,
             labels=self._draft_ids[batch.labels],
@@ -198,10 +198,11 @@ class Trainer:
         counts = []
         lengths = [row.length for row in self.eval_rows]
         for number, members in enumerate(plan_batches(lengths, self.config.batch_tokens, seed=0, epoch=0)):
-            batch = self._load([self.eval_rows[i] for i in members]).to(self.device)
+            batch = self._load([self.eval_rows[i] for i in members])
             if number not in self._choices:
                 self._choices[number] = target_choices(batch, self.full_head)
-            counts.append(count_survivors(self.draft, batch, self._choices[number], self.embedding))
+            with self.execution.autocast(self.device):
+                counts.append(count_survivors(self.draft, batch, self._choices[number], self.embedding))
         self.draft.train()
         return expectation(counts)
 
@@ -218,20 +219,20 @@ class Trainer:
             }
 
     def _load(self, rows: list[Row]) -> Batch:
-        batch = pack(self.features.documents(rows), self.config.ttt_steps, ROUND_ROWS)
-        packed = replace(batch.rows, aux=batch.rows.aux.float() / self.feature_scale.to(batch.rows.aux.device))
-        return replace(batch, rows=packed, teacher_states=batch.teacher_states.float())
+        """A batch of these rows on the device, its states in the dtype of training and its features scaled."""
+        batch = pack(self.features.documents(rows), self.config.ttt_steps, ROUND_ROWS).to(self.device)
+        dtype = self.execution.training_dtype
+        aux = (batch.rows.aux.float() / self.feature_scale.to(self.device)).to(dtype)
+        return replace(batch, rows=replace(batch.rows, aux=aux), teacher_states=batch.teacher_states.to(dtype))
 
     def _batches(self, first: int) -> Iterator[list[Batch]]:
-        """Batches of the steps from `first` on. On a GPU the next one loads while the present one trains; on a CPU a
-        loading thread takes more from the products' threads than the hundredth of a step that loading takes.
-        """
+        """Batches of the steps from `first` on, each loaded when it is asked for, or while the one before trains."""
 
         def load(step: int) -> list[Batch]:
             return [self._load([self.train_rows[i] for i in members]) for members in self.plan[step]]
 
         steps = range(first, len(self.plan))
-        if self.device.type == "cpu":
+        if not self.execution.loads_ahead:
             yield from map(load, steps)
             return
         with ThreadPoolExecutor(1) as loader:

@@ -4,6 +4,11 @@ Fused with the output head and computed in chunks of teacher positions: the teac
 formed once and serve all steps, and no [tokens, vocabulary] array ever exists, neither for the target nor for the
 draft. Gradients are formed in the forward pass, while a chunk's logits are at hand. The reduction is a sum over
 supervised rows divided by counts that the caller gives, so packing, padding and accumulation cannot change it.
+
+Rows whose target argmax lies outside the draft vocabulary count like any other, where EAGLE's and SpecForge's code
+leaves them out: there the draft learns which of the tokens that it knows the target likes best, and that is what it
+drafts there where the target samples. Greedy verification accepts nothing at such a place. What either does to
+acceptance has not been measured.
 """
 
 from __future__ import annotations
@@ -14,13 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from specflow.kernels import matmul
+from specflow.device import execution
+from specflow.kernels import argmax, matmul
 from specflow.training.packing import ROUND_ROWS
-
-CHUNK_LOGITS = {"cpu": 960 * 8192, "cuda": 32 << 20}
-"""Draft logits (fp32) of all steps that exist at a time. On a CPU below the 32 MB that `keep_freed_memory` can keep."""
-CACHED_VALUES = 1 << 18
-"""Logits of a block on a CPU: 1 MB, as half of a core's second-level cache holds with the teacher's beside them."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class StepSums:
 
     loss: Tensor
     match: Tensor
-    """Rows whose draft argmax is the token that the target produced."""
+    """Rows whose draft argmax, the first among equals, is the token that the target produced."""
     count: Tensor
 
 
@@ -60,7 +61,7 @@ def ttt_loss(
 ) -> tuple[Tensor, StepSums]:
     """Weighted sum of per-row losses over all steps, differentiable in `hidden` and `head`, and its unweighted parts.
 
-    `chunk_rows`: rows of all steps computed at a time; None: as CHUNK_LOGITS allows.
+    `chunk_rows`: rows of all steps computed at a time; None: as `Execution.loss_logits` allows.
 
     hidden[k] [R_k, H]: normed states of the rows supervised at step k; teacher_rows[k] [R_k] int64 ascending: the
     teacher position each of them predicts; head [D, H]; weights[k]: decay**k / number of supervised rows of the whole
@@ -71,7 +72,7 @@ def ttt_loss(
     full-vocabulary target_probs, w = exp(-eta * alpha) held constant.
     """
     if chunk_rows is None:
-        chunk_rows = CHUNK_LOGITS[head.device.type] // len(head)
+        chunk_rows = execution(head.device).loss_logits // len(head)
     sums = torch.zeros(3, len(hidden), dtype=torch.float64, device=head.device)
     total: Tensor = _FusedLoss.apply(  # type: ignore[no-untyped-call]
         head, teacher, teacher_rows, (weights, loss, eta, chunk_rows), sums, *hidden
@@ -158,21 +159,19 @@ def _rows_loss(
     """Loss [R] of each row and whether its likeliest token is its label [R]; writes the loss's gradient in the logits
     [R, D] over them.
 
-    `positions` [R]: row of `teacher_probs` that each row predicts. On a CPU in blocks of rows that stay in its cache:
-    there are a dozen passes over them.
+    `positions` [R]: row of `teacher_probs` that each row predicts. Rows go in blocks of `Execution.loss_block`,
+    which stay in a CPU's cache: there are a dozen passes over them.
     """
     num_rows, width = logits.shape
-    block = num_rows if logits.device.type != "cpu" else max(1, CACHED_VALUES // width)
+    block = max(1, (execution(logits.device).loss_block or logits.numel()) // width)
     losses, match = logits.new_empty(num_rows), torch.zeros(num_rows, dtype=torch.bool, device=logits.device)
     for rows in (slice(i, i + block) for i in range(0, num_rows, block)):
         part = logits[rows]
-        highest = part.amax(-1)
         if labels is not None:
-            likeliest = part.gather(-1, labels[rows, None].clamp(min=0)).squeeze(-1) == highest
-            match[rows] = likeliest & (labels[rows] >= 0)
+            match[rows] = argmax(part) == labels[rows]
         probs, full_probs = teacher_probs
         at = positions[rows]
-        losses[rows] = _loss_of(part, highest, probs[at], None if full_probs is None else full_probs[at], eta)
+        losses[rows] = _loss_of(part, part.amax(-1), probs[at], None if full_probs is None else full_probs[at], eta)
     return losses, match
 
 

@@ -47,10 +47,14 @@ class Batch:
     """[P, H] state that predicts each supervised token."""
     labels: Tensor
     """[P] int64: the supervised tokens themselves (target ids)."""
+    served: Tensor
+    """[M] bool: queries where a server starts chains. An answer's first token comes from the prompt's own forward, so
+    that the row that predicts it is trained on, but starts none; nor does filler.
+    """
 
     def to(self, device: torch.device | str) -> Batch:
         def move(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=True)
+            return x.to(device)
 
         r = self.rows
         rows = PackedRows(move(r.tokens), move(r.aux), move(r.positions), move(r.queries), r.prefix)
@@ -62,6 +66,7 @@ class Batch:
             [move(x) for x in self.teacher_rows],
             move(self.teacher_states),
             move(self.labels),
+            move(self.served),
         )
 
 
@@ -104,7 +109,7 @@ def pack(documents: list[Document], ttt_steps: int, round_to: int = 1) -> Batch:
     supervises.
     """
     offset, query_count, teacher_count = 0, 0, 0
-    tokens, positions, queries, segments, states, labels = [], [], [], [], [], []
+    tokens, positions, queries, segments, states, labels, served = [], [], [], [], [], [], []
     supervised: list[list[Tensor]] = [[] for _ in range(ttt_steps)]
     teacher_rows: list[list[Tensor]] = [[] for _ in range(ttt_steps)]
     for document in documents:
@@ -124,6 +129,7 @@ def pack(documents: list[Document], ttt_steps: int, round_to: int = 1) -> Batch:
             # token p is predicted by the state at p - 1, and at step k by row p - 2 - k
             states.append(document.final[max(start, 1) - 1 : end - 1])
             labels.append(ids[max(start, 1) : end])
+            served.append(number[max(start - 1, 0) : max(end - 2, 0)])
             for k in range(ttt_steps):
                 predicted = torch.arange(min(max(start, 2) + k, end), end)
                 supervised[k].append(number[predicted - 2 - k])
@@ -153,6 +159,7 @@ def pack(documents: list[Document], ttt_steps: int, round_to: int = 1) -> Batch:
         [torch.cat(x) for x in teacher_rows],
         torch.cat(states),
         torch.cat(labels),
+        torch.zeros(len(rows.queries), dtype=torch.bool).index_fill_(0, torch.cat(served), True),
     )
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 
-import torch
-
 from specflow.config import Family, Params
+from specflow.device import default_device
 from specflow.drafters.eagle3 import Eagle3Draft, save_draft
 from specflow.files import read_jsonl, sha256_file, sha256_json, write_json
 from specflow.hidden_states import Expected, HiddenStateStore
@@ -44,7 +43,7 @@ def run_offline(name: str, family: Family, params: Params, paths: Paths, log: Lo
 def run_online(name: str, family: Family, params: Params, paths: Paths, log: Log) -> dict[str, float]:
     """Train with the target's forward on the fly; nothing but the draft is written."""
     facts = read_facts(paths.target)
-    model = load_model(facts, paths.cache, device=_device().type)
+    model = load_model(facts, paths.cache, device=str(default_device()))
     files = {split: paths.samples / f"{split}.jsonl" for split in ("train", "eval")}
     samples = {
         split: read_jsonl(file, what="samples", made_by=f"dvc repro sample@{name}") for split, file in files.items()
@@ -52,10 +51,6 @@ def run_online(name: str, family: Family, params: Params, paths: Paths, log: Log
     features = LiveFeatures(model, samples, family.extract, resolve_aux_layer_ids(facts, family.extract))
     digest = sha256_json([facts.digest, family.extract.model_dump(), *(sha256_file(file) for file in files.values())])
     return _train(f"train_online@{name}", family, paths, log, facts, features, digest)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _train(
@@ -86,7 +81,7 @@ def _train(
             config=family.train,
             checkpoints=Checkpoints(state.folder),
             log=log,
-            device=_device(),
+            device=default_device(),
         )
         _say_plan(trainer)
         progress = trainer.run()

@@ -27,7 +27,8 @@ from specflow.decoding.generate import check_fits, clock_of, generate
 from specflow.decoding.sampling import Sampling
 from specflow.decoding.tree import TreeDrafter
 from specflow.decoding.verify import NOTHING, Proposal
-from specflow.drafters.inference import decoding_dtype, prepare
+from specflow.device import default_device
+from specflow.drafters.inference import decoding_dtype, place
 from specflow.errors import UserError
 from specflow.export.eagle3 import check_export, load_export
 from specflow.files import RowLog
@@ -60,9 +61,8 @@ class ModelBench:
         self.max_new_tokens, self.greedy = self.bench.max_new_tokens, self.bench.greedy
         self.draft_vocab_size = self._draft.config.draft_vocab_size
         self.conditions: Mapping[str, Any] = {"busy_share": machine_load()["busy_share"]}
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = default_device()
         model = optimise_for_inference(load_model(facts, paths.cache, device=str(self.device)))
-        self._dtype = model.dtype if self.device.type == "cuda" else torch.float32
         self._decoding_dtype = decoding_dtype(self.bench.draft_dtype, model.dtype, self.device)
         self._embedding: Tensor = model.get_input_embeddings().weight
         prompts = [len(self._prompt(question)) for question in self.pool]
@@ -129,7 +129,7 @@ class ModelBench:
             if size is not None:
                 always = [*self._tokenizer.all_special_ids, *self._eos_ids]
                 draft = cut_draft(draft, by_frequency(draft, self._paths.samples / "train.jsonl", always)[:size])
-            draft = prepare(draft.to(self.device, self._dtype), self._decoding_dtype)
+            draft = place(draft, self._decoding_dtype, self.device)
             self._sessions[size] = Eagle3Session(draft, self._embedding, self._target.max_length)
         return self._sessions[size]
 

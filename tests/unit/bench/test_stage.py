@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from specflow.bench import measuring, runner, stage
 from specflow.bench.job import family_job
@@ -118,10 +119,10 @@ def records_without_times(project: Project) -> list[dict[str, Any]]:
     return without_times([json.loads(line) for line in (project[1].bench / "records.jsonl").read_text().splitlines()])
 
 
-def test_shares_put_together_are_the_same_records(project: Project) -> None:
+def test_shares_put_together_are_the_same_records(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     params, paths = project
     changes = {"sweep": [2], "seed": 11}
-    run(project, **changes)
+    measured = run(project, **changes)[1]["identity"]["draft_dtype"]
     whole = records_without_times(project)
     args = ("tiny", family_of(project, **changes), params, paths)
     with pytest.raises(UserError, match="3 rows are missing"):  # stock generate(), K, costs
@@ -133,10 +134,13 @@ def test_shares_put_together_are_the_same_records(project: Project) -> None:
     with pytest.raises(UserError, match="rows are missing although every share is done"):
         stage.run(*args, log, MERGE)
     stage.run_share(*args, Share(2, 3))
+    # put together where a draft would decode in another dtype, by a coordinator without a GPU, say
+    monkeypatch.setattr(measuring, "_draft_dtype", lambda job, device: torch.float16)
     metrics = stage.run(*args, log, MERGE)
     assert records_without_times(project) == whole
     summary = json.loads((paths.bench / "summary.json").read_text())
     assert summary["overall"]["lossless"] is True and summary["identity"]["device"] == "cpu"
+    assert summary["identity"]["draft_dtype"] == measured != "float16"
     assert metrics["num_speculative_tokens"] == 2 and metrics["stock_generate_tok_s"] > 0
     assert not list(paths.state.rglob("bench*.jsonl"))
 

@@ -9,7 +9,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specflow.config_bench import DynamicTree, StaticTree
-from specflow.decoding import sampling as sampling_module
 from specflow.decoding.chain import ChainDrafter
 from specflow.decoding.eagle3 import Eagle3Session
 from specflow.decoding.generate import generate
@@ -197,11 +196,8 @@ def test_readings_sees_what_waits() -> None:
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8), Sampling(0.8, 0.9, 5)], ids=str)
-def test_the_host_waits_for_no_step_of_a_proposal(
-    table: torch.Tensor, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_host_waits_for_no_step_of_a_proposal(table: torch.Tensor, sampling: Sampling, as_gpu: None) -> None:
     """On a GPU, whose path is taken here, it reads the drafted tokens at the end, and nothing before."""
-    monkeypatch.setattr(sampling_module, "on_cpu", lambda logits: False)
     history, aux = sequence(12)
     session = make_session_of(table)
     drafters = [

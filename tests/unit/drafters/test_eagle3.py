@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from specflow.drafters.attention import Prefix, Segment, flex_ttt_attention, ttt_attention
 from specflow.drafters.eagle3 import DraftCache, Eagle3Config, Eagle3Draft, load_draft, save_draft
 from specflow.errors import UserError
 from specflow.training.packing import Document, pack
@@ -165,54 +164,6 @@ def test_packed_documents_equal_each_on_its_own(embedding):
     assert offset == len(packed.rows.queries)
 
 
-def attention_case(dtype):
-    g = torch.Generator().manual_seed(3)
-    segments, places, count = [], [], 0
-    for document, (a, b) in ((0, (5, 9)), (0, (12, 15)), (17, (17, 22)), (17, (30, 38))):
-        segments.append(Segment(count, count + b - a, document, a))
-        places += range(a, b)
-        count += b - a
-
-    def make(*shape):
-        return torch.randn(*shape, generator=g, dtype=dtype, requires_grad=True)
-
-    tensors = [make(count, 6, 8), make(40, 2, 8), make(40, 2, 8), *(make(count, 2, 8) for _ in range(4))]
-    return tensors, Prefix(segments), torch.randn(count, 6, 8, generator=g, dtype=dtype)
-
-
-def dense_attention(tensors, prefix):
-    q, k, v, *own = tensors
-    first, last = prefix.bounds(q.device)
-    visible = (torch.arange(len(k)) >= first[:, None]) & (torch.arange(len(k)) <= last[:, None])
-    keys, values = k.repeat_interleave(3, 1), v.repeat_interleave(3, 1)
-    scores = torch.einsum("mhd,nhd->mhn", q, keys).masked_fill(~visible[:, None], -torch.inf)
-    diagonal = [(q * key.repeat_interleave(3, 1)).sum(-1, keepdim=True) for key in own[:2]]
-    weights = (torch.cat([scores, *diagonal], -1) * q.shape[-1] ** -0.5).softmax(-1)
-    out = torch.einsum("mhn,nhd->mhd", weights[..., : len(k)], values)
-    return out + sum(weights[..., len(k) + i, None] * own[2 + i].repeat_interleave(3, 1) for i in range(2))
-
-
-def test_segment_attention_and_its_gradients_equal_dense_softmax():
-    tensors, prefix, grad = attention_case(torch.float64)
-    expected = dense_attention(tensors, prefix)
-    q, k, v, *own = tensors
-    got = ttt_attention(q, k, v, own[:2], own[2:], prefix)
-    assert torch.allclose(got, expected, atol=1e-12)
-    for a, b in zip(torch.autograd.grad(got, tensors, grad), torch.autograd.grad(expected, tensors, grad), strict=True):
-        assert torch.allclose(a, b, atol=1e-12)
-
-
-def test_flex_attention_path_equals_dense_softmax():
-    """Forward only: flex attention has no backward on CPU; its gradients are tested in tests/gpu."""
-    tensors, prefix, _ = attention_case(torch.float32)
-    with torch.no_grad():
-        tensors = [tensor.detach() for tensor in tensors]
-        q, k, v, *own = tensors
-        assert torch.allclose(
-            flex_ttt_attention(q, k, v, own[:2], own[2:], prefix), dense_attention(tensors, prefix), atol=1e-5
-        )
-
-
 def test_save_and_load_give_equal_tensors_and_a_damaged_file_is_one_line(tmp_path):
     draft = make_draft(dtype=torch.float32)
     save_draft(draft, tmp_path / "draft")
@@ -236,18 +187,3 @@ def test_a_full_draft_cache_is_one_line(embedding):
     cache = DraftCache(CONFIG, 3, torch.float64)
     with pytest.raises(UserError, match="4 draft rows do not fit"):
         draft.decode(embedding[:4], torch.zeros(4, CONFIG.hidden_size, dtype=torch.float64), cache)
-
-
-@torch.no_grad()
-def test_the_gpu_path_in_bf16_stays_close_to_fp32(monkeypatch):
-    """What a GPU runs, bf16 autocast and flex attention, here on CPU and forward only: one dtype, close values."""
-    draft, document = make_draft(dtype=torch.float32), make_document(11, [(3, 9)], 1, torch.float32)
-    table = torch.randn(CONFIG.vocab_size, CONFIG.hidden_size, generator=torch.Generator().manual_seed(9))
-    rows = pack([document], 3).rows
-    exact = draft.unroll(rows, table)
-    monkeypatch.setattr("specflow.drafters.eagle3.ttt_attention", flex_ttt_attention)
-    with torch.autocast("cpu", torch.bfloat16):
-        rough = draft.unroll(rows, table.bfloat16())
-    for a, b in zip(exact, rough, strict=True):
-        assert b.dtype == torch.bfloat16
-        assert torch.nn.functional.cosine_similarity(a, b.float()).min() > 0.99

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from specflow import kernels
 from specflow.drafters.eagle3 import DraftCache, Eagle3Draft, RaggedDraftCache
-from specflow.drafters.inference import PreparedDraft, decoding_dtype, prepare
+from specflow.drafters.inference import PreparedDraft, decoding_dtype, place, prepare
 from specflow.kernels import PrepackedLinear, fast_bf16
 from tests.decoding import make_draft
 
@@ -58,6 +59,8 @@ def test_prepared_equals_plain(variant: dict[str, bool]) -> None:
     assert isinstance(exact, PreparedDraft) and prepare(exact) is exact
     for expected, got in zip(plain, outputs(exact), strict=True):
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    if not kernels._PACKS_BF16:
+        return
     for expected, got in zip(plain, outputs(prepare(draft, torch.bfloat16)), strict=True):
         error = float((got - expected).norm() / expected.norm())
         assert got.dtype == torch.float32 and 1e-4 < error < 0.08  # rounded, and close
@@ -65,13 +68,27 @@ def test_prepared_equals_plain(variant: dict[str, bool]) -> None:
 
 def test_what_cannot_be_packed_stays_plain() -> None:
     draft = make_draft(V).to(torch.float64)
-    assert prepare(draft) is draft and prepare(draft, torch.bfloat16) is draft
+    assert prepare(draft) is draft
+
+
+def test_without_packed_bfloat16_a_draft_decodes_in_it_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN packs it with AVX-512 alone: on other processors torch's own products run, as on a GPU."""
+    monkeypatch.setattr(kernels, "_PACKS_BF16", False)
+    placed = place(make_draft(V), torch.bfloat16, torch.device("cpu"))
+    assert not isinstance(placed, PreparedDraft) and placed.norm.weight.dtype == torch.bfloat16
+    assert isinstance(place(make_draft(V), torch.float32, torch.device("cpu")), PreparedDraft)
+
+
+def test_on_a_gpu_the_whole_draft_has_the_dtype(as_gpu: None) -> None:
+    placed = place(make_draft(V), torch.bfloat16, torch.device("cpu"))
+    assert not isinstance(placed, PreparedDraft)
+    assert {weight.dtype for weight in placed.parameters()} == {torch.bfloat16}
 
 
 def test_the_plain_draft_is_not_changed() -> None:
     draft = random_norms(make_draft(V))
     before = {name: tensor.clone() for name, tensor in draft.state_dict().items()}
-    prepare(draft, torch.bfloat16)
+    prepare(draft)
     after = draft.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
 
@@ -80,7 +97,7 @@ def test_a_product_in_another_dtype_keeps_the_dtype_around_it() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, bias, x = (torch.randn(*shape, generator=generator) for shape in ((24, 48), (24,), (3, 48)))
     expected = x @ weight.t() + bias
-    for dtype, tolerance in ((None, 1e-5), (torch.bfloat16, 0.02)):
+    for dtype, tolerance in ((None, 1e-5), *([(torch.bfloat16, 0.02)] if kernels._PACKS_BF16 else [])):
         got = PrepackedLinear(weight, bias, dtype)(x)
         assert got.dtype == torch.float32
         assert float((got - expected).norm() / expected.norm()) < tolerance

@@ -21,7 +21,6 @@ from specflow.extract import stage as extract_stage
 from specflow.plan import command
 from specflow.plan.facts import DEVICES, SHAPES, Device, Shape, read_config, shape_named
 from specflow.plan.formulas import (
-    LOSS_CHUNK_LOGITS,
     Assumptions,
     decode_step_s,
     draft_parameters,
@@ -35,7 +34,6 @@ from specflow.plan.formulas import (
     train,
     train_flops,
 )
-from specflow.training.losses import CHUNK_LOGITS
 from tests import ROOT
 from tests.captures import tiny_project, write_split
 from tests.toys import make_tiny_target, tiny_params
@@ -263,7 +261,3 @@ def test_a_recipe_is_planned_before_it_is_added(run_plan: RunPlan, tmp_path: Pat
     recipe.write_text(yaml.safe_dump({"families": {"other": block}, "online": ["other"]}))
     text = command.plan_text(Path("params.yaml"), None, recipe, command.Options())
     assert text.startswith("other: 8.19 B parameters (public shape of Qwen3-8B)") and "train_online" in text
-
-
-def test_the_loss_is_planned_for_in_the_chunks_that_it_takes():
-    assert LOSS_CHUNK_LOGITS == CHUNK_LOGITS

@@ -129,7 +129,9 @@ def _teach_greedy(trainer: Trainer) -> torch.Tensor:
 
 
 def test_survival_counts_by_hand():
-    """Chains at rows 0..3 of one answer; matches 1101 at step 0, 110 at step 1: survival 3/4 and 2/3."""
+    """Rows 0..3 of one answer are trained on; row 0 predicts its first token, which a server has from the prompt, so
+    that chains start at rows 1..3: matches 101 at step 0, 1 of the 2 that go on at step 1.
+    """
 
     class Fixed:
         d2t = torch.zeros(10, dtype=torch.int64)
@@ -144,8 +146,18 @@ def test_survival_counts_by_hand():
     batch = pack([document], 2)
     assert [rows.tolist() for rows in batch.supervised] == [[0, 1, 2, 3], [0, 1, 2]]
     counts = count_survivors(Fixed(), batch, batch.labels, TABLE)
-    assert [c.tolist() for c in counts] == [[3, 2], [4, 3]]
-    assert expectation([counts, counts]).acceptance_length == pytest.approx(1 + 3 / 4 + 2 / 3)
+    assert batch.served.tolist() == [False, True, True, True]
+    assert [c.tolist() for c in counts] == [[2, 1], [3, 2]]
+    assert expectation([counts, counts]).acceptance_length == pytest.approx(1 + 2 / 3 + 1 / 2)
+
+
+@pytest.mark.parametrize("spans", [[(0, 5)], [(1, 4), (6, 9)], [(3, 4)], [(2, 5), (5, 9)], [(0, 1), (4, 9)]])
+def test_chains_start_behind_an_answers_first_token(spans):
+    """Row t starts one if a token before the one that it predicts, t + 2, is of the same answer."""
+    document = make_document(9, spans, 1, torch.float32)
+    batch = pack([document], 3, round_to=8)
+    got = batch.rows.queries[batch.served].tolist()
+    assert got == [t for t in range(7) if any(a < t + 2 < b for a, b in spans)]
 
 
 def test_every_document_is_seen_once_an_epoch_within_the_token_bound():

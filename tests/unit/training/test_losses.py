@@ -74,6 +74,14 @@ def test_equal_distributions_cost_the_entropy_and_have_no_gradient():
     assert torch.autograd.grad(total, hidden)[0].abs().max() < 1e-6
 
 
+def test_of_equals_the_first_is_the_choice_as_in_evaluation():
+    """A tie is no hit for the token that comes second: bfloat16's logits are often equal at the top."""
+    head, states = torch.ones(4, 2), torch.ones(3, 2)
+    teacher = Teacher(states, head, labels=torch.tensor([0, 1, -1]))
+    _, sums = ttt_loss([states], [torch.arange(3)], head, teacher, [1.0])
+    assert sums.match.tolist() == [1.0]
+
+
 def test_disjoint_distributions_have_the_known_lk_value():
     """Target and draft each certain of another token: alpha 0, weight 1, the loss is the plain cross-entropy."""
     head = torch.eye(4)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from specflow.config import parse_params
 from specflow.data import vocab
@@ -215,6 +215,34 @@ def test_an_earlier_draft_without_epochs_is_evaluated_as_it_is(tmp_path, target)
     assert load_draft(project.paths.draft).config.draft_vocab_size == 64
     losses = [point["loss"] for point in curves(project)[0]]
     assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_an_earlier_drafts_head_follows_its_tokens_in_whatever_order_they_are(tmp_path, target):
+    """The same draft with its head's rows in another order, and d2t with them, is the same draft."""
+    project = tiny_project(tmp_path / "project", target)
+    project.paths.vocab.mkdir(parents=True)
+    known = torch.arange(20, 84)
+    t2d = torch.zeros(project.facts.vocab_size, dtype=torch.bool).index_fill_(0, known, True)
+    save_file({"d2t": known - torch.arange(64), "t2d": t2d}, project.paths.vocab / "vocab.safetensors")
+    earlier = make_draft(project.facts)
+    tokens = earlier.d2t + torch.arange(100)
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(1))
+    found = []
+    for place in (torch.arange(100), order):
+        draft = make_draft(project.facts)
+        with torch.no_grad():
+            draft.lm_head.weight.copy_(earlier.lm_head.weight[place])
+            draft.d2t.copy_(tokens[place] - torch.arange(100))
+        folder = tmp_path / f"theirs-{len(found)}"
+        save_speculators(draft, project.facts, folder, verifier="org/name", num_speculative_tokens=3)
+        family = project.family.model_copy(
+            update={"train": project.family.train.model_copy(update={"init_from": str(folder)})}
+        )
+        found.append(initial_draft(project.facts, family, project.paths.cache, project.paths.vocab, [2, 3, 5]))
+    for token, row in zip(known.tolist(), found[1].lm_head.weight, strict=True):
+        at = (tokens == token).nonzero()
+        assert torch.equal(row, earlier.lm_head.weight[at[0, 0]] if len(at) else torch.zeros(32))
+    assert torch.equal(found[0].lm_head.weight, found[1].lm_head.weight)
 
 
 def test_other_weights_in_the_same_folder_do_not_resume_the_old_run(tmp_path, target):
