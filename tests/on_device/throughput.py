@@ -83,7 +83,7 @@ def make_trainer(config: Eagle3Config, device: torch.device, ttt_steps: int) -> 
         full_head=table,
         features=Held(train=[tiny], eval=[tiny]),
         config=Train(ttt_steps=ttt_steps, fit_tokens=0),
-        checkpoints=Checkpoints(Path("/nonexistent"), "throughput"),
+        checkpoints=Checkpoints(Path("/nonexistent")),
         log=lambda values, step: None,
         device=device,
     )

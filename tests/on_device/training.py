@@ -136,7 +136,7 @@ def make_trainer(
         full_head=target.get_output_embeddings().weight.detach(),
         features=features,
         config=Train(**settings | changes),
-        checkpoints=Checkpoints(folder, "key"),
+        checkpoints=Checkpoints(folder),
         log=log,
         device=device,
     )
