@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ from prefect.artifacts import (
 
 from flows.graph import StageNode
 from flows.plan import Outcome
+from specflow.paths import Paths
 from specflow.tracking.store import where_to_look
 
 STATES = ("ran", "restored", "cached", "failed", "skipped")
@@ -54,10 +54,12 @@ def publish(root: Path, nodes: Iterable[StageNode], outcomes: Sequence[Outcome],
     create_table_artifact([_row(outcome) for outcome in outcomes], key="stages", description=_legend(outcomes))
     families = sorted({node.family for node in nodes if node.family is not None})
     for family in families:
-        if (file := root / "artifacts" / family / "bench" / "summary.json").exists():
+        paths = Paths(root=root, family=family, cache=root)
+        if (paths.bench / "summary.json").exists():
             from specflow.project import family_table
+            from specflow.results.schema import family_summary
 
-            table = family_table(family, json.loads(file.read_text(encoding="utf-8")))
+            table = family_table(family, family_summary(paths))
             create_markdown_artifact(
                 f"```\n{table}\n```", key=key("benchmark", family), description=f"{family}: benchmark"
             )

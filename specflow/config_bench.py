@@ -17,6 +17,10 @@ REFERENCES = ("lookup", "oracle", "null", "assistant")
 """Engines beside the draft: n-gram drafting, always right, always wrong, an independent draft model."""
 
 
+Mode = Literal["both", "baseline", "draft"]
+"""Which sides of a benchmark run: one alone is no comparison, so no speedup is claimed."""
+
+
 class DynamicTree(Section):
     """EAGLE-2's tree: grown level by level where the draft is surest, then cut to its best nodes."""
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from specflow.config import load_params
+from specflow.config_bench import StaticTree
 from specflow.errors import UserError
 from specflow.paths import Paths
+from specflow.results.schema import ReferenceRow, SetResult, Summary, family_summary
 from specflow.stage import configure_logging, family_paths, listed_families
 
 DVC_SETTINGS = {"core.analytics": "false", "core.check_update": "false", "core.autostage": "false"}
@@ -86,9 +86,8 @@ def results_text(params_path: Path) -> str:
     blocks = []
     for name in listed_families(params):
         paths = family_paths(name, params)
-        file = paths.bench / "summary.json"
-        if file.exists():
-            blocks.append(family_table(name, json.loads(file.read_text(encoding="utf-8"))))
+        if (paths.bench / "summary.json").exists():
+            blocks.append(family_table(name, family_summary(paths)))
     if not blocks:
         raise UserError("no results yet: run `dvc repro` first")
     report = Paths(root=Path(), family="", cache=Path()).report / "report.html"
@@ -106,38 +105,38 @@ REFERENCE_ROWS = {
 }
 
 
-def family_table(name: str, summary: dict[str, Any]) -> str:
+def family_table(name: str, summary: Summary) -> str:
     """The benchmark of one family, from its summary.json, as text in columns."""
     from specflow.compare.command import table
 
     header = ["prompt set", "acceptance", "survival by position", "tok/s", "without", "speedup [95 % CI]", "lossless"]
     rows = []
-    for set_name, result in summary["sets"].items():
-        rows.append([set_name, *_cells(result, " ".join(f"{rate:.2f}" for rate in result["survival"]))])
-        references = result["references"]
+    for set_name, result in summary.sets.items():
+        rows.append([set_name, *_cells(result, " ".join(f"{rate:.2f}" for rate in result.survival))])
+        references = result.references
         rows += [[f"  {what}", *_cells(references[k], "")] for k, what in REFERENCE_ROWS.items() if k in references]
-    return "\n".join([f"{name}, {drafting(summary)}", table(header, rows), summary["verdict"]])
+    return "\n".join([f"{name}, {drafting(summary)}", table(header, rows), summary.verdict])
 
 
-def drafting(summary: dict[str, Any]) -> str:
+def drafting(summary: Summary) -> str:
     """How many tokens a step drafts, in words."""
-    depth, tree = summary["num_speculative_tokens"], summary.get("tree")
+    depth, tree = summary.num_speculative_tokens, summary.tree
     if tree is None:
         return f"{depth} drafted tokens a step"
-    most = len(tree["branches"]) if "branches" in tree else tree["total_token"] - 1
-    return f"{'a static' if 'branches' in tree else 'a dynamic'} tree of at most {most} nodes, {depth} deep"
+    kind = "static" if isinstance(tree, StaticTree) else "dynamic"
+    return f"a {kind} tree of at most {tree.total_token - 1} nodes, {depth} deep"
 
 
-def _cells(result: dict[str, Any], survival: str) -> list[str]:
+def _cells(result: SetResult | ReferenceRow, survival: str) -> list[str]:
     """What a prompt set or a reference row has below the header; `-` for what was not measured."""
-    speedup, interval = _number(result["speedup"], "{:.2f}x"), result.get("speedup_ci")
+    speedup, interval = _number(result.speedup, "{:.2f}x"), result.speedup_ci
     return [
-        _number(result["acceptance_length"], "{:.2f}"),
+        _number(result.acceptance_length, "{:.2f}"),
         survival,
-        _number(result["tok_s"], "{:.1f}"),
-        _number(result["baseline_tok_s"], "{:.1f}"),
+        _number(result.tok_s, "{:.1f}"),
+        _number(result.baseline_tok_s, "{:.1f}"),
         speedup if interval is None else f"{speedup} [{interval[0]:.2f}, {interval[1]:.2f}]",
-        {True: "yes", False: "NO", None: "sampled"}[result["lossless"]],
+        {True: "yes", False: "NO", None: "sampled"}[result.lossless],
     ]
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from specflow import files
 from specflow.bench.statistics.records import Record
-from specflow.bench.statistics.summary import summary_of
 from specflow.files import sha256_bytes
 from specflow.paths import Paths
+from specflow.results.schema import Settings, Summary
+from tests.results import IDENTITY, changed, summary_from
 
 NUM_TOKENS = 13
 BASE_S = 1.0
@@ -47,48 +48,34 @@ def make_records(speedups: dict[str, float], *, base_s: float = BASE_S, repeats:
     return records
 
 
-def make_summary(records: list[Record], *, draft: str = "draft", **changes: Any) -> dict[str, Any]:
-    """The summary of these records. `changes` replace keys of its settings or identity, whichever has them."""
-    summary = {
-        "family": "tiny",
-        "settings": {
-            "questions": {"questions": sorted({record.question_id for record in records})},
-            "max_new_tokens": NUM_TOKENS,
-            "max_turns": 1,
-            "temperature": 0.0,
-        },
-        "identity": {
-            "cpu": "Some CPU",
-            "torch_threads": 2,
-            "device": "cpu",
-            "versions": {"torch": "2.13.0", "transformers": "5.23.0", "engine": "0123456789ab"},
-            "target": {"digest": "target-digest", "dtype": "float32"},
-            "draft_digest": sha256_bytes(draft.encode()),
-        },
-        "num_speculative_tokens": 1,
-        **summary_of(records, num_speculative_tokens=1, greedy=True),
-    }
-    for key, value in changes.items():
-        summary["settings" if key in summary["settings"] else "identity"][key] = value
-    return summary
+def make_summary(records: list[Record], *, draft: str = "draft", **changes: Any) -> Summary:
+    """The summary of these records. `changes` are of its settings or identity, whichever has the field."""
+    settings = {name: value for name, value in changes.items() if name in Settings.model_fields}
+    identity = {name: value for name, value in changes.items() if name not in settings}
+    return summary_from(
+        records,
+        num_speculative_tokens=1,
+        settings={"max_new_tokens": NUM_TOKENS, "max_turns": 1, **settings},
+        identity=changed(IDENTITY, draft_digest=sha256_bytes(draft.encode()), **identity),
+    )
 
 
 def write_bench(paths: Paths, speedups: dict[str, float], *, draft: str = "draft", **changes: Any) -> dict[str, float]:
     """Benchmark and exported draft of a family; returns the stage's metrics, which lie on disk too."""
     records = make_records(speedups)
     summary = make_summary(records, draft=draft, **changes)
-    files.write_json(paths.bench / "summary.json", summary)
+    files.write_json(paths.bench / "summary.json", summary.to_json())
     files.write_jsonl(paths.bench / "records.jsonl", (record.to_json() for record in records))
     folder = paths.export / "eagle3"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.safetensors").write_text(draft, encoding="utf-8")
     (folder / "config.json").write_text("{}", encoding="utf-8")
-    overall = summary["overall"]
+    overall = summary.overall
     flat = {
-        "acceptance_length": overall["acceptance_length"],
-        "speedup": overall["speedup"],
-        "survival_1": overall["survival"][0],
-        "questions.speedup": overall["speedup"],
+        "acceptance_length": overall.acceptance_length,
+        "speedup": overall.speedup,
+        "survival_1": overall.survival[0],
+        "questions.speedup": overall.speedup,
         "num_speculative_tokens": 1,
         "lossless_rate": 1.0,
         "seconds": 8.0,

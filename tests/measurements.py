@@ -8,8 +8,22 @@ from typing import Any
 
 from specflow import files
 from specflow.bench.statistics.records import Record
-from specflow.bench.statistics.summary import summary_of
 from specflow.paths import Paths
+from specflow.results.schema import Accuracy, BatchRow, Divergence, DraftCosts, StepCosts, Summary, SweepPoint
+from specflow.results.served import (
+    BlockResult,
+    Check,
+    Gap,
+    Level,
+    Percentiles,
+    Served,
+    ServedAcceptance,
+    ServedSettings,
+    Server,
+    Servers,
+    SideResult,
+)
+from tests.results import IDENTITY, changed, summary_from
 
 K = 3
 PLAIN_S, VERIFY_S, STEP_S, OUTSIDE_S = 0.020, 0.0235, 0.0012, 0.0001
@@ -86,84 +100,142 @@ def _record(
     }
 
 
-def make_summary(records: list[Record], *, family: str = "tiny") -> dict[str, Any]:
-    """bench/summary.json of these records."""
-    return {
-        "family": family,
-        "settings": {
-            "questions": {name: sorted({r.question_id for r in records if r.set == name}) for name in SETS},
-            "temperature": 0.0,
-            "max_new_tokens": 48,
-            "max_turns": 1,
-            "repeats": 3,
-            "sweep": [1, 2, 3, 4],
-            "seed": 0,
-        },
-        "identity": {
-            "cpu": "Some CPU <test>",
-            "cpu_cores": 2,
-            "torch_threads": 2,
-            "device": "cpu",
-            "versions": {"torch": "2.13.0", "transformers": "5.23.0", "engine": "0123456789ab"},
-            "target": {"source": "pypi:a-target==0.1.2/weights.gguf", "digest": "b179c952" * 8, "dtype": "float32"},
-            "draft_digest": "2d35f3d1" * 8,
-            "git_commit": "2d35f3d" * 5,
-        },
-        **summary_of(records, num_speculative_tokens=K, greedy=True),
-        "num_speculative_tokens": K,
-        "tree": None,
-        "sweep": [
-            {
-                "num_speculative_tokens": k,
-                "acceptance_length": 1 + 0.55 * k**0.6,
-                "tok_s": 60.0 - 2 * (k - 3) ** 2,
-                "speedup": 1.27 - 0.05 * (k - 3) ** 2,
-            }
+def make_summary(records: list[Record], *, family: str = "tiny") -> Summary:
+    """bench/summary.json of these records, with everything that a benchmark can measure besides."""
+    verified = {1: 20.1, 2: 20.8, 4: 23.5, 8: 30.2, 16: 43.9}
+    return summary_from(
+        records,
+        num_speculative_tokens=K,
+        family=family,
+        settings={"prompt_sets": list(SETS), "num_speculative_tokens": "auto", "max_new_tokens": 48, "max_turns": 1},
+        identity=changed(IDENTITY, cpu="Some CPU <test>", target={"digest": "b179c952" * 8}),
+        sweep=[
+            SweepPoint(
+                num_speculative_tokens=k,
+                acceptance_length=1 + 0.55 * k**0.6,
+                tok_s=60.0 - 2 * (k - 3) ** 2,
+                speedup=1.27 - 0.05 * (k - 3) ** 2,
+            )
             for k in (1, 2, 3, 4)
         ],
-        "stock_generate_tok_s": 21.7,
-        "baseline_over_stock": 2.23,
-        "cost_model": {
-            "target_ms": 20.0,
-            "verify_ms": {"1": 20.1, "2": 20.8, "4": 23.5, "8": 30.2, "16": 43.9},
-            "draft_ms": {"ingest": 1.9, "step": 1.2},
-            "context": 256,
-        },
-        "batch": [
-            {
-                "batch_size": size,
-                "num_requests": 15,
-                "tok_s": 75.0 * size**0.7,
-                "baseline_tok_s": 50.0 * size**0.9,
-                "speedup": 1.5 * size**-0.2,
-                "acceptance_length": 2.07,
-                "lossless_rate": 1.0 if size < 4 else 0.93,
-            }
+        stock_generate_tok_s=21.7,
+        baseline_over_stock=2.23,
+        baseline_equals_stock=True,
+        cost_model=StepCosts(
+            target_ms=20.0,
+            verify_ms=verified,
+            draft_ms=DraftCosts(
+                ingest=1.9, step=1.2, ingest_by_rows={1: 1.8, 2: 1.9}, step_by_rows={1: 1.2}, tree_by_rows={1: 0.0}
+            ),
+            context=256,
+        ),
+        batch=[
+            BatchRow(
+                batch_size=size,
+                num_requests=15,
+                num_speculative_tokens=K,
+                tok_s=75.0 * size**0.7,
+                baseline_tok_s=50.0 * size**0.9,
+                speedup=1.5 * size**-0.2,
+                acceptance_length=2.07,
+                lossless_rate=1.0 if size < 4 else 0.93,
+                first_divergence=None,
+            )
             for size in (1, 2, 4)
         ],
-        "accuracy": {
-            "human_eval": {
-                "kind": "tests",
-                "num_questions": 3,
-                "num_answers": 9,
-                "baseline": 2 / 3,
-                "draft": 5 / 9,
-                "difference": -1 / 9,
-                "difference_ci": [-0.25, 0.0],
-                "only_baseline_right": 1,
-                "only_draft_right": 0,
-                "num_unreadable": {"baseline": 0, "draft": 1},
-            }
+        accuracy={
+            "human_eval": Accuracy(
+                kind="tests",
+                num_questions=3,
+                num_answers=9,
+                baseline=2 / 3,
+                draft=5 / 9,
+                difference=-1 / 9,
+                difference_ci=(-0.25, 0.0),
+                only_baseline_right=1,
+                only_draft_right=0,
+                num_unreadable={"baseline": 0, "draft": 1},
+                num_length_limited={"baseline": 0, "draft": 0},
+            )
         },
-        "notes": ["4 questions of mt_bench are over the context and were left out."],
-    }
+        notes=["4 questions of mt_bench are over the context and were left out."],
+    )
 
 
-def write_family(paths: Paths, *, edge: float = 0.0) -> dict[str, Any]:
+def make_served() -> Served:
+    """bench/served.json of two servers that somebody else started, with everything that it can hold."""
+    latency = Percentiles(p50=12.5, p90=20.0, p99=None)
+    side = SideResult(
+        num_requests=12,
+        num_errors=0,
+        num_tokens=576,
+        seconds=8.0,
+        tok_s=72.0,
+        tok_s_per_gpu=36.0,
+        user_tok_s=70.0,
+        ttft_ms=latency,
+        tpot_ms=latency,
+        itl_ms=latency,
+        e2e_ms=latency,
+    )
+    server = Server(
+        url="http://somewhere:8000", num_gpus=2, dtype="float32", k=None, version="0.32.0", flags=[("--seed", "0")]
+    )
+    found = ServedAcceptance(
+        source="requests",
+        length=2.1,
+        macro_length=2.0,
+        survival=[0.6, 0.3, 0.2],
+        conditional=[0.6, 0.5, 0.67],
+        histogram={1: 40, 2: 30, 3: 10, 4: 20},
+        num_steps=100,
+        num_drafted=300,
+        num_accepted=110,
+    )
+    where = Divergence(set="heldout", question_id="q7", turn=0, sample=0, repeat=1, position=9, expected=4, got=None)
+    return Served(
+        engine="vllm",
+        num_speculative_tokens=K,
+        settings=ServedSettings(concurrency=[1, 2], max_new_tokens=48, temperature=0.0, num_requests=6),
+        servers=Servers(baseline=server, draft=server.changed(command="vllm serve --speculative-config")),
+        levels=[
+            Level(
+                concurrency=concurrency,
+                baseline=side,
+                draft=side.changed(num_errors=concurrency - 1),
+                speedup=1.3 - 0.2 * concurrency,
+                speedup_range=(1.0, 1.2),
+                acceptance=found,
+                lossless_rate=1.0 if concurrency == 1 else 0.5,
+                first_divergence=None if concurrency == 1 else where,
+            )
+            for concurrency in (1, 2)
+        ],
+        break_even_concurrency=1.5,
+        counters_agree=True,
+        blocks=[BlockResult(engine="draft", concurrency=1, repeat=0, wall_s=4.0, counters={"num_steps": 50.0})],
+        verdict="Pays through vllm 0.32.0 at K = 3 up to about 1.5 requests at once: made up.",
+        gap=Gap(
+            set="heldout",
+            num_requests=6,
+            expected=1.81,
+            in_process=2.2,
+            served=2.1,
+            served_interval=(1.9, 2.3),
+            gap=2.1 / 1.81 - 1,
+            gap_to_in_process=2.1 / 2.2 - 1,
+            apart=True,
+            advice=["Look at the chat template: made up."],
+            checks=[Check("chat template", False, "made up"), Check("dtype", None, "made up too")],
+        ),
+    )
+
+
+def write_family(paths: Paths, *, edge: float = 0.0) -> Summary:
     """Artifacts of a family as its stages leave them; returns the benchmark's summary."""
     records = make_records(edge=edge)
     summary = make_summary(records, family=paths.family)
-    files.write_json(paths.bench / "summary.json", summary)
+    files.write_json(paths.bench / "summary.json", summary.to_json())
     files.write_jsonl(paths.bench / "records.jsonl", (record.to_json() for record in records))
     files.write_json(paths.target, {"architecture": "LlamaForCausalLM", "num_parameters": 134515008})
     write_training(paths)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -18,6 +18,7 @@ from specflow.decoding.batch import BatchChainDrafter, generate_batch
 from specflow.decoding.generate import Generation, clock_of
 from specflow.decoding.sampling import Sampling
 from specflow.files import sha256_json
+from specflow.results.schema import BatchDivergence, BatchRow
 from specflow.targets.cached import CachedTarget
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class _Side:
 
 def measure(
     model: PreTrainedModel, draft: Eagle3Draft, work: Workload, *, batch_sizes: Sequence[int], repeats: int
-) -> list[dict[str, Any]]:
+) -> list[BatchRow]:
     """Rows of summary.json's `batch`, one per batch size; speeds in tokens per second of wall time, prefills included.
 
     `model` is optimised for inference already. Both sides answer every prompt `repeats` times, in alternating order,
@@ -100,33 +101,37 @@ def measure(
                     side.passes.append(work.run(target, side.drafter, repeat))
                     side.seconds += clock() - began
                     bar.update()
-            rows.append(_row(batch_size, work, *sides) | _losslessness(target, work, *sides))
+            rows.append(_row(batch_size, work, target, *sides))
             target.close()
     return rows
 
 
-def _row(batch_size: int, work: Workload, baseline: _Side, draft: _Side) -> dict[str, Any]:
+def _row(batch_size: int, work: Workload, target: CachedTarget, baseline: _Side, draft: _Side) -> BatchRow:
     steps = [step for answers in draft.passes for done in answers for step in done.steps]
-    return {
-        "batch_size": batch_size,
-        "num_requests": len(work.prompts),
-        "num_speculative_tokens": work.num_speculative_tokens,
-        "tok_s": draft.tok_s,
-        "baseline_tok_s": baseline.tok_s,
-        "speedup": draft.tok_s / baseline.tok_s,
-        "acceptance_length": 1.0 + sum(accepted for _, accepted in steps) / len(steps) if steps else None,
-    }
+    lossless_rate, first_divergence = _losslessness(target, work, baseline, draft)
+    return BatchRow(
+        batch_size=batch_size,
+        num_requests=len(work.prompts),
+        num_speculative_tokens=work.num_speculative_tokens,
+        tok_s=draft.tok_s,
+        baseline_tok_s=baseline.tok_s,
+        speedup=draft.tok_s / baseline.tok_s,
+        acceptance_length=1.0 + sum(accepted for _, accepted in steps) / len(steps) if steps else None,
+        lossless_rate=lossless_rate,
+        first_divergence=first_divergence,
+    )
 
 
-def _losslessness(target: CachedTarget, work: Workload, baseline: _Side, draft: _Side) -> dict[str, Any]:
-    """`lossless_rate`: share of answers that equal the baseline's at the same batch size, None under sampling.
+def _losslessness(
+    target: CachedTarget, work: Workload, baseline: _Side, draft: _Side
+) -> tuple[float | None, BatchDivergence | None]:
+    """Share of answers that equal the baseline's at the same batch size, and where the first other one parts from it.
 
-    `first_divergence`: where the first other answer parts from the baseline's, and by how many logits the target
-    prefers the baseline's token there when it reads the request alone. Next to nothing means rounding, which differs
-    with the number of rows of a product; anything else means an error.
+    Its margin next to nothing means rounding, which differs with the number of rows of a product; anything else means
+    an error. Both are None under sampling.
     """
     if not work.sampling.greedy:
-        return {"lossless_rate": None, "first_divergence": None}
+        return None, None
     pairs = [
         (number, base.token_ids, mine.token_ids)
         for answers in zip(baseline.passes, draft.passes, strict=True)
@@ -137,11 +142,11 @@ def _losslessness(target: CachedTarget, work: Workload, baseline: _Side, draft: 
     if other:
         number, expected, got = other[0]
         at = divergence(expected, got)
-        first = {"request": number, "position": at, "expected": None, "got": None, "margin": None}
+        first = BatchDivergence(request=number, position=at, expected=None, got=None, margin=None)
         if at < min(len(expected), len(got)):
             target.lengths[0] = 0
             hidden = target.forward(torch.tensor([[*work.prompts[number], *expected[:at]]]))
             logits = target.logits(hidden[0, -1]).float()
             margin = float(logits[expected[at]] - logits[got[at]])
-            first |= {"expected": expected[at], "got": got[at], "margin": margin}
-    return {"lossless_rate": 1.0 - len(other) / len(pairs), "first_divergence": first}
+            first = BatchDivergence(request=number, position=at, expected=expected[at], got=got[at], margin=margin)
+    return 1.0 - len(other) / len(pairs), first

@@ -22,6 +22,7 @@ from specflow.bench.table import table
 from specflow.errors import UserError
 from specflow.gpus import leases
 from specflow.gpus.resources import Resources
+from specflow.results.schema import read_summary
 from specflow.sharding import launch
 from specflow.sharding.shares import MERGE, WHOLE, Share
 from specflow.stage import configure_logging, quieten_transformers
@@ -51,7 +52,7 @@ def benchmark(
             write_results(measured, folder)
             measured.state.finish()
         _forget_state(job)
-    summary = files.read_json(folder / "summary.json", what="benchmark", made_by="specflow bench --output <folder>")
+    summary = read_summary(folder / "summary.json", made_by="specflow bench --output <folder>")
     return [*table(summary), "", f"Records, summary and settings: {folder}/"]
 
 

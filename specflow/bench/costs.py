@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from specflow.decoding.sampling import GREEDY
 from specflow.decoding.tree import TreeDrafter
 from specflow.decoding.verify import Proposal, verify
 from specflow.errors import UserError
+from specflow.results.schema import DraftCosts, StepCosts
 from specflow.targets.cached import CachedTarget
 
 INGESTED = (1, 2, 4)
@@ -40,7 +40,7 @@ def measure_costs(
     top_ks: Sequence[int] = (),
     limit_s: float = 4.0,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> StepCosts:
     """Medians in milliseconds of passes over all pieces, whose order turns from one pass to the next; overwrites what
     `target` and `session` hold. At least MIN_PASSES, then as many as `limit_s` leaves.
 
@@ -64,25 +64,21 @@ def measure_costs(
                 tree = DynamicTree(total_token=depth * k + 1, depth=depth, top_k=k)
                 pieces[name] = bench.drafting(TreeDrafter(session, tree), depth, 1)
     times = _medians_ms(pieces, clock_of(target.device), limit_s)
-    ingest = {str(n): times[f"ingest {n}"] for n in INGESTED}
-    step = {"1": max(0.0, times["chain"] - ingest["1"]) / LEVELS}
-    trees = {"1": 0.0}
+    ingest = {n: times[f"ingest {n}"] for n in INGESTED}
+    step = {1: max(0.0, times["chain"] - ingest[1]) / LEVELS}
+    trees = {1: 0.0}
     for k in top_ks:
         if k > 1:
-            step[str(k)] = max(0.0, times[f"tree {k} deep"] - times[f"tree {k}"]) / LEVELS
-            trees[str(k)] = max(0.0, times[f"tree {k}"] - ingest["1"])
-    return {
-        "target_ms": times["verify 1"],
-        "verify_ms": {str(n): times[f"verify {n}"] for n in sorted({1, *tokens})},
-        "draft_ms": {
-            "ingest": ingest["2"],
-            "step": step["1"],
-            "ingest_by_rows": ingest,
-            "step_by_rows": step,
-            "tree_by_rows": trees,
-        },
-        "context": context,
-    }
+            step[k] = max(0.0, times[f"tree {k} deep"] - times[f"tree {k}"]) / LEVELS
+            trees[k] = max(0.0, times[f"tree {k}"] - ingest[1])
+    return StepCosts(
+        target_ms=times["verify 1"],
+        verify_ms={n: times[f"verify {n}"] for n in sorted({1, *tokens})},
+        draft_ms=DraftCosts(
+            ingest=ingest[2], step=step[1], ingest_by_rows=ingest, step_by_rows=step, tree_by_rows=trees
+        ),
+        context=context,
+    )
 
 
 class _Bench:

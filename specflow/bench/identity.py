@@ -6,7 +6,6 @@ import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -15,37 +14,38 @@ import specflow
 from specflow.device import name_of
 from specflow.errors import UserError
 from specflow.files import sha256_file
+from specflow.results.schema import Identity, TargetIdentity, Versions
 from specflow.resume import code_digest
 from specflow.targets.model import TargetFacts
 
 
-def identity(facts: TargetFacts, draft_folder: Path | None, root: Path, device: torch.device) -> dict[str, Any]:
-    """Machine, versions, digests and commit, JSON-able."""
-    return {
-        "cpu": cpu_model(),
-        "cpu_cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "load_average_at_start": os.getloadavg()[0],
-        "device": name_of(device),
-        "platform": platform.platform(),
-        "versions": {
-            "specflow": specflow.__version__,
-            "engine": code_digest(root, "bench"),  # speeds measured by other code are other measurements
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "target": {
-            "source": facts.source,
-            "revision": facts.revision,
-            "digest": facts.digest,
-            "tokenizer_digest": facts.tokenizer_digest,
-            "template_digest": facts.template_digest,
-            "dtype": facts.dtype,
-        },
-        "draft_digest": None if draft_folder is None else draft_digest(draft_folder),
-        "git_commit": git_commit(root),
-    }
+def identity(facts: TargetFacts, draft_folder: Path | None, root: Path, device: torch.device) -> Identity:
+    """Machine, versions, digests and commit."""
+    return Identity(
+        cpu=cpu_model(),
+        cpu_cores=os.cpu_count(),
+        torch_threads=torch.get_num_threads(),
+        load_average_at_start=os.getloadavg()[0],
+        device=name_of(device),
+        platform=platform.platform(),
+        versions=Versions(
+            specflow=specflow.__version__,
+            engine=code_digest(root, "bench"),  # speeds measured by other code are other measurements
+            python=platform.python_version(),
+            torch=torch.__version__,
+            transformers=transformers.__version__,
+        ),
+        target=TargetIdentity(
+            source=facts.source,
+            revision=facts.revision,
+            digest=facts.digest,
+            tokenizer_digest=facts.tokenizer_digest,
+            template_digest=facts.template_digest,
+            dtype=facts.dtype,
+        ),
+        draft_digest=None if draft_folder is None else draft_digest(draft_folder),
+        git_commit=git_commit(root),
+    )
 
 
 def draft_digest(folder: Path) -> str:

@@ -16,14 +16,13 @@ from pydantic import ValidationError
 from specflow import files
 from specflow.bench.identity import draft_digest
 from specflow.config import Family, Params, Target
-from specflow.config_bench import HELDOUT, Bench
+from specflow.config_bench import HELDOUT, Bench, Mode
 from specflow.errors import UserError
 from specflow.paths import Paths, outside
 from specflow.schema import Section
 from specflow.sources import resolve
 from specflow.targets.model import TargetFacts, read_facts
 
-Mode = Literal["both", "baseline", "draft"]
 _SHOWN = 4
 """Differing settings that an error names."""
 
@@ -33,7 +32,6 @@ class Job(Section):
     """Family, or name of the target."""
     bench: Bench
     mode: Mode = "both"
-    """Which sides run. One alone is no comparison: no speedup is claimed."""
     questions: tuple[int, int | None] | None = None
     """Of each prompt set only these, [begin, end) by place in the file; num_prompts is not read then."""
     target: TargetFacts

@@ -8,12 +8,12 @@ from __future__ import annotations
 import gc
 import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -29,7 +29,7 @@ from specflow.bench.statistics.drift import machine_load, most_at_once
 from specflow.bench.statistics.records import Record
 from specflow.bench.statistics.summary import summary_of
 from specflow.bench.stock import over_stock, stock_prompts, time_stock_generate
-from specflow.config_bench import DynamicTree
+from specflow.config_bench import Bench, DynamicTree
 from specflow.data.prompt_sets import Question
 from specflow.decoding.chain import ChainDrafter
 from specflow.decoding.eagle3 import Eagle3Session
@@ -43,6 +43,8 @@ from specflow.drafters.inference import decoding_dtype, place
 from specflow.errors import UserError
 from specflow.export.eagle3 import check_export, load_export
 from specflow.export.imports import read_draft
+from specflow.results.files import Part
+from specflow.results.schema import BatchRow, Conditions, Identity, Settings, StepCosts, Summary, SweepPoint
 from specflow.resume import State, code_digest, versions
 from specflow.sharding.shares import MERGE, WHOLE, Share, only_key, open_log, open_state
 from specflow.targets.attention import optimise_for_inference
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger("specflow")
+P = TypeVar("P", bound=Part)
 MACHINE = "machine.json"
 """Beside the logs of a job that must not go on elsewhere: what they were measured on."""
 
@@ -88,14 +91,14 @@ class Inputs:
         return cls(job, tokenizer, draft, notes, sets, tuning, max_length)
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What was asked for, questions included: benchmarks with the same settings can be compared."""
-        return {
-            **self.job.bench.model_dump(mode="json", exclude={"serve"}),
-            "mode": self.job.mode,
-            "questions": {key: [q.question_id for q in value] for key, value in self.sets.items()},
-            "sweep_questions": [q.question_id for q in self.tuning],
-        }
+    def settings(self) -> Settings:
+        bench = self.job.bench
+        return Settings(
+            **{name: getattr(bench, name) for name in Bench.model_fields if name != "serve"},
+            mode=self.job.mode,
+            questions={key: [q.question_id for q in value] for key, value in self.sets.items()},
+            sweep_questions=[q.question_id for q in self.tuning],
+        )
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -107,7 +110,7 @@ class Inputs:
             "versions": versions(),
             "target": self.job.target.identity,
             "inputs": {**drafts, "questions": files.sha256_json(asked)},
-            "settings": self.settings,
+            "settings": self.settings.model_dump(mode="json"),
         }
 
 
@@ -132,7 +135,7 @@ class Work:
 
     inputs: Inputs
     device: torch.device
-    about: dict[str, Any]
+    about: Identity
     state: State
     log: files.RowLog
 
@@ -143,8 +146,8 @@ class Work:
         device = default_device()
         about = identity(job.target, job.draft if job.has_draft else None, job.root, device)
         if inputs.draft is not None:
-            about["draft_dtype"] = str(_draft_dtype(job, device)).removeprefix("torch.")
-        machine = {part: about[part] for part in ("versions", "cpu", "device", "torch_threads")}
+            about = about.changed(draft_dtype=str(_draft_dtype(job, device)).removeprefix("torch."))
+        machine = about.model_dump(mode="json", include={"versions", "cpu", "device", "torch_threads"})
         if job.on_other_machine == "refuse" and share != MERGE:
             _check_machine(job.state / MACHINE, machine)
         state = stack.enter_context(open_state(job.state / "bench", f"bench@{job.name}", inputs.parts, share))
@@ -156,9 +159,9 @@ class Work:
         if log.discarded:
             logger.info("bench@%s starts anew: it was interrupted on another machine or number of threads", job.name)
         if share.count > 1:
-            log.append({"id": "identity", **about})
+            log.append({"id": "identity", **about.to_json()})
         elif share == MERGE:  # the machine that measured, not the one that puts the records together
-            about = {name: value for name, value in log.rows["identity"].items() if name != "id"}
+            about = _from_row(Identity, log.rows["identity"])
         return cls(inputs, device, about, state, log)
 
     @property
@@ -204,7 +207,11 @@ class Work:
             return 0
         if not bench.sweeps:
             return largest_depth(bench)
-        return int(max(self.log.rows["sweep"]["rows"], key=lambda row: row["tok_s"])["num_speculative_tokens"])
+        return max(self._sweep_points, key=lambda point: point.tok_s).num_speculative_tokens
+
+    @property
+    def _sweep_points(self) -> list[SweepPoint]:
+        return [SweepPoint.model_validate(row) for row in self.log.rows["sweep"]["rows"]]
 
     def records(self, share: Share = WHOLE) -> tuple[list[Record], Runner]:
         """Every record of the share, and the runner that made them, which keeps no hold of the model. MERGE takes all
@@ -289,8 +296,8 @@ class Work:
         return time_stock_generate(model, prompts, self.job.target.eos_token_ids, self.job.bench)
 
     def _measure_sweep(self) -> dict[str, Any]:
-        rows = sweep(self.runner(self._target), self._drafter(), self.inputs.tuning, self.job.bench.sweep)
-        return {"rows": rows}
+        points = sweep(self.runner(self._target), self._drafter(), self.inputs.tuning, self.job.bench.sweep)
+        return {"rows": [point.to_json() for point in points]}
 
     def _measure_costs(self) -> dict[str, Any]:
         """At the length that half of the benchmark's first answers have behind them."""
@@ -298,7 +305,7 @@ class Work:
         context = int(statistics.median(map(len, self._first_prompts()))) + self.job.bench.max_new_tokens // 2
         fitting = [count for count in tokens if count < self.inputs.max_length // 2]
         top_ks = (tree.top_k,) if isinstance(tree, DynamicTree) else ()
-        return measure_costs(self._target, self._session, fitting, context, top_ks=top_ks)
+        return measure_costs(self._target, self._session, fitting, context, top_ks=top_ks).to_json()
 
     def _measure_batches(self) -> dict[str, Any]:
         bench = self.job.bench
@@ -311,7 +318,8 @@ class Work:
             seed=bench.seed,
         )
         draft, sizes = self._session.draft, bench.batch_sizes
-        return {"rows": batched.measure(self._model, draft, work, batch_sizes=sizes, repeats=bench.repeats)}
+        rows = batched.measure(self._model, draft, work, batch_sizes=sizes, repeats=bench.repeats)
+        return {"rows": [row.to_json() for row in rows]}
 
     def _first_prompts(self) -> list[list[int]]:
         """The first turn of every question."""
@@ -321,8 +329,8 @@ class Work:
             for question in questions
         ]
 
-    def summary(self, records: Sequence[Record], runner: Runner) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """What summary.json holds, and a row for each answer that was scored."""
+    def summary(self, records: Sequence[Record], runner: Runner) -> tuple[Summary, list[dict[str, Any]]]:
+        """The summary, and a row for each answer that was scored."""
         rows, bench = self.log.rows, self.job.bench
         text_of = partial(_text_of, self.inputs.tokenizer)
         scores, scored = accuracy(
@@ -332,39 +340,47 @@ class Work:
             text_of,
             execute_code=bench.execute_code,
         )
-        tree = bench.tree.model_dump() if bench.tree is not None and self.job.has_draft else None
-        conditions = {
-            "busy_share": rows.get("load", {}).get("busy_share"),
-            "shared_cpu": self.about["device"] == "cpu" and most_at_once(records) > 1,
-        }
-        costs = {key: value for key, value in rows.get("costs", {}).items() if key != "id"}
-        summary = {
-            "family": self.job.name,
-            "settings": self.inputs.settings,
-            "identity": self.about,
-            **summary_of(
-                records,
-                num_speculative_tokens=self.num_speculative_tokens,
-                greedy=bench.greedy,
-                tree=tree,
-                conditions=conditions,
-            ),
-            "conditions": conditions,
-            "num_speculative_tokens": self.num_speculative_tokens,
-            "tree": tree,
-            "sweep": rows.get("sweep", {"rows": []})["rows"] if self.job.has_draft and bench.sweeps else [],
-            "cost_model": costs or None,
-            "batch": rows.get("batch", {"rows": []})["rows"],
-            "accuracy": scores,
-            "notes": self.inputs.notes,
-            "num_skipped_turns": runner.num_skipped_turns,
-            **over_stock(records, rows.get("stock") if "stock" in self._needed else None, greedy=bench.greedy),
-        }
+        tree = bench.tree if self.job.has_draft else None
+        conditions = Conditions(
+            busy_share=rows["load"]["busy_share"],
+            shared_cpu=self.about.device == "cpu" and most_at_once(records) > 1,
+        )
+        found = summary_of(
+            records,
+            num_speculative_tokens=self.num_speculative_tokens,
+            greedy=bench.greedy,
+            tree=tree is not None,
+            conditions=conditions,
+        )
+        stock = over_stock(records, rows["stock"] if "stock" in self._needed else None, greedy=bench.greedy)
+        summary = Summary(
+            **dict(found),
+            family=self.job.name,
+            settings=self.inputs.settings,
+            identity=self.about,
+            conditions=conditions,
+            num_speculative_tokens=self.num_speculative_tokens,
+            tree=tree,
+            sweep=self._sweep_points if "sweep" in self._needed else [],
+            cost_model=_from_row(StepCosts, rows["costs"]) if "costs" in self._needed else None,
+            batch=[BatchRow.model_validate(row) for row in rows["batch"]["rows"]] if "batch" in self._needed else [],
+            accuracy=scores,
+            notes=self.inputs.notes,
+            num_skipped_turns=runner.num_skipped_turns,
+            stock_generate_tok_s=stock.tok_s,
+            baseline_over_stock=stock.ratio,
+            baseline_equals_stock=stock.same,
+        )
         return summary, scored
 
 
 def _draft_dtype(job: Job, device: torch.device) -> torch.dtype:
     return decoding_dtype(job.bench.draft_dtype, getattr(torch, job.target.dtype), device)
+
+
+def _from_row(kind: type[P], row: Mapping[str, Any]) -> P:
+    """What a row of a log holds beside its id."""
+    return kind.model_validate({name: value for name, value in row.items() if name != "id"})
 
 
 def _check_machine(path: Path, now: dict[str, Any]) -> None:
@@ -382,7 +398,7 @@ def _check_machine(path: Path, now: dict[str, Any]) -> None:
 @dataclass(frozen=True)
 class Measured:
     records: list[Record]
-    summary: dict[str, Any]
+    summary: Summary
     scored: list[dict[str, Any]]
     """A row for each answer that was judged."""
     sets: Sets

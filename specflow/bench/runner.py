@@ -24,6 +24,7 @@ from specflow.decoding.generate import Drafter, Generation, generate
 from specflow.decoding.known import KnownAnswerDrafter
 from specflow.decoding.sampling import Sampling
 from specflow.files import RowLog, sha256_json
+from specflow.results.schema import SweepPoint
 from specflow.sharding.shares import MERGE, WHOLE, Share
 from specflow.targets.cached import CachedTarget
 from specflow.targets.template import Message
@@ -208,9 +209,7 @@ def _owned(sets: Mapping[str, Sequence[Question]], share: Share) -> Iterator[tup
             yield number, name, question
 
 
-def sweep(
-    runner: Runner, drafter: Drafter, questions: Sequence[Question], counts: Sequence[int]
-) -> list[dict[str, float]]:
+def sweep(runner: Runner, drafter: Drafter, questions: Sequence[Question], counts: Sequence[int]) -> list[SweepPoint]:
     """Speed at each number of speculative tokens, over the first turns of `questions`."""
     first_turns = [Question(q.question_id, q.category, q.turns[:1]) for q in questions]
     engines = [Engine("baseline"), *(Engine(f"draft-{k}", drafter, k) for k in counts)]
@@ -221,11 +220,11 @@ def sweep(
     for engine in engines[1:]:
         own = [record for record in records if record.engine == engine.name]
         rows.append(
-            {
-                "num_speculative_tokens": engine.num_speculative_tokens,
-                "acceptance_length": acceptance(own, engine.num_speculative_tokens).length,
-                "tok_s": tok_s(own),
-                "speedup": speedup(paired(baseline, own)),
-            }
+            SweepPoint(
+                num_speculative_tokens=engine.num_speculative_tokens,
+                acceptance_length=acceptance(own, engine.num_speculative_tokens).length,
+                tok_s=tok_s(own),
+                speedup=speedup(paired(baseline, own)),
+            )
         )
     return rows

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from specflow import files
 from specflow.bench import measuring
@@ -18,6 +16,7 @@ from specflow.bench.served.measuring import Plan, check_possible
 from specflow.config import Family, Params
 from specflow.errors import UserError
 from specflow.paths import Log, Paths
+from specflow.results.schema import Interval, SetResult, Summary
 from specflow.sharding.shares import WHOLE, Share
 from specflow.targets.model import read_facts
 
@@ -39,7 +38,7 @@ def run(name: str, family: Family, params: Params, paths: Paths, log: Log, share
         if serve is None:
             results.forget(paths)
         else:
-            requests, k = _served_requests(measured, serve.num_prompts), summary["num_speculative_tokens"]
+            requests, k = _served_requests(measured, serve.num_prompts), summary.num_speculative_tokens
             plan = Plan(name, family, paths, read_facts(paths.target), serve, requests, k)
             served = results.headline(results.run(plan, params, measured.records, paths.bench))
         write_results(measured, paths.bench)
@@ -83,36 +82,61 @@ def write_results(measured: Measured, folder: Path) -> None:
         files.write_jsonl(folder / "scores.jsonl", measured.scored)
     else:
         (folder / "scores.jsonl").unlink(missing_ok=True)
-    files.write_json(folder / "summary.json", measured.summary)
+    files.write_json(folder / "summary.json", measured.summary.to_json())
 
 
-def _write_plots(summary: Mapping[str, Any], paths: Paths) -> None:
+def _write_plots(summary: Summary, paths: Paths) -> None:
     survival = [
         {"set": name, "position": position, "survival": share}
-        for name, of_set in summary["sets"].items()
-        for position, share in enumerate(of_set["survival"], 1)
+        for name, of_set in summary.sets.items()
+        for position, share in enumerate(of_set.survival, 1)
     ]
     files.write_json(paths.plot("survival.json"), survival)
-    names = ("acceptance_length", "tok_s", "speedup")
-    measured = {n: summary["overall"][n] for n in names} | {"num_speculative_tokens": summary["num_speculative_tokens"]}
-    files.write_json(paths.plot("sweep.json"), summary["sweep"] or [measured])
+    overall = summary.overall
+    measured = {
+        "acceptance_length": overall.acceptance_length,
+        "tok_s": overall.tok_s,
+        "speedup": overall.speedup,
+        "num_speculative_tokens": summary.num_speculative_tokens,
+    }
+    files.write_json(paths.plot("sweep.json"), [point.to_json() for point in summary.sweep] or [measured])
 
 
-def headline(summary: Mapping[str, Any]) -> dict[str, float]:
+def headline(summary: Summary) -> dict[str, float]:
     """Flat metrics over all sets, and `<set>.<metric>` of each."""
-    overall = summary["overall"]
-    names = ("acceptance_length", "acceptance_length_macro", "speedup", "decode_speedup", "tok_s", "baseline_tok_s")
-    of_each = ("speedup", "acceptance_length", "tok_s", "baseline_tok_s")
-    flat: dict[str, Any] = {name: overall[name] for name in names}
-    for name in ("speedup_ci", "acceptance_length_ci"):
-        flat[f"{name}_low"], flat[f"{name}_high"] = overall[name] or (None, None)
-    flat |= {f"survival_{i}": share for i, share in enumerate(overall["survival"], 1)}
-    flat |= {"num_speculative_tokens": summary["num_speculative_tokens"], "lossless_rate": overall["lossless_rate"]}
-    flat |= summary["cost"]
-    flat |= {name: summary[name] for name in ("stock_generate_tok_s", "baseline_over_stock")}
-    flat |= {f"{engine}_speedup": row["speedup"] for engine, row in overall["references"].items()}
-    for row in summary["batch"]:
-        flat[f"batch_{row['batch_size']}_speedup"] = row["speedup"]
-    for name, of_set in summary["sets"].items():
-        flat |= {f"{name}.{metric}": of_set[metric] for metric in of_each}
+    overall = summary.overall
+    flat: dict[str, float | None] = {
+        "acceptance_length": overall.acceptance_length,
+        "acceptance_length_macro": overall.acceptance_length_macro,
+        "speedup": overall.speedup,
+        "decode_speedup": overall.decode_speedup,
+        "tok_s": overall.tok_s,
+        "baseline_tok_s": overall.baseline_tok_s,
+        **_ends("speedup_ci", overall.speedup_ci),
+        **_ends("acceptance_length_ci", overall.acceptance_length_ci),
+        **{f"survival_{i}": share for i, share in enumerate(overall.survival, 1)},
+        "num_speculative_tokens": summary.num_speculative_tokens,
+        "lossless_rate": overall.lossless_rate,
+        **summary.cost.to_json(),
+        "stock_generate_tok_s": summary.stock_generate_tok_s,
+        "baseline_over_stock": summary.baseline_over_stock,
+        **{f"{engine}_speedup": row.speedup for engine, row in overall.references.items()},
+        **{f"batch_{row.batch_size}_speedup": row.speedup for row in summary.batch},
+    }
+    for name, of_set in summary.sets.items():
+        flat |= {f"{name}.{metric}": value for metric, value in _of_set(of_set).items()}
     return {name: float(value) for name, value in flat.items() if value is not None}
+
+
+def _ends(name: str, interval: Interval | None) -> dict[str, float | None]:
+    low, high = interval or (None, None)
+    return {f"{name}_low": low, f"{name}_high": high}
+
+
+def _of_set(found: SetResult) -> dict[str, float | None]:
+    return {
+        "speedup": found.speedup,
+        "acceptance_length": found.acceptance_length,
+        "tok_s": found.tok_s,
+        "baseline_tok_s": found.baseline_tok_s,
+    }

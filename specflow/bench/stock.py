@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NUM_PROMPTS = 3
+
+
+@dataclass(frozen=True)
+class OverStock:
+    """Stock generate() and what the target alone makes of it, as summary.json has them."""
+
+    tok_s: float | None = None
+    ratio: float | None = None
+    same: bool | None = None
 
 
 def stock_prompts(sets: Sets, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
@@ -60,10 +70,11 @@ def time_stock_generate(
     return {"tok_s": sum(map(len, answers.values())) / seconds, "answers": answers}
 
 
-def over_stock(records: Sequence[Record], stock: Mapping[str, Any] | None, *, greedy: bool) -> dict[str, Any]:
+def over_stock(records: Sequence[Record], stock: Mapping[str, Any] | None, *, greedy: bool) -> OverStock:
     """The baseline against stock generate(), on the requests that stock answered; None where either did not run."""
-    found = {"stock_generate_tok_s": stock["tok_s"] if stock else None}
-    answers = stock["answers"] if stock else {}
+    if stock is None:
+        return OverStock()
+    answers = stock["answers"]
     own = [
         record
         for record in records
@@ -71,11 +82,7 @@ def over_stock(records: Sequence[Record], stock: Mapping[str, Any] | None, *, gr
         and record.turn == record.sample == 0
         and f"{record.set}/{record.question_id}" in answers
     ]
-    if stock is None or not own:
-        return {**found, "baseline_over_stock": None, "baseline_equals_stock": None}
+    if not own:
+        return OverStock(stock["tok_s"])
     same = all(record.token_ids == answers[f"{record.set}/{record.question_id}"] for record in own)
-    return {
-        **found,
-        "baseline_over_stock": metrics.tok_s(own) / stock["tok_s"],
-        "baseline_equals_stock": same if greedy else None,
-    }
+    return OverStock(stock["tok_s"], metrics.tok_s(own) / stock["tok_s"], same if greedy else None)

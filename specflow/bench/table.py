@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+
+from specflow.config_bench import DynamicTree, Mode, StaticTree
+from specflow.results.schema import Accuracy, BatchRow, Interval, Summary
 
 MEANING = {
     "lookup": "prompt lookup: n-grams of the text so far",
@@ -14,72 +16,72 @@ MEANING = {
 """Of each reference row."""
 
 
-def table(summary: Mapping[str, Any]) -> list[str]:
+def table(summary: Summary) -> list[str]:
     """Verdict, what was run, sets, reference rows, costs, batches and accuracy, each where it was measured."""
-    mode = summary["settings"]["mode"]
+    mode = summary.settings.mode
     parts = [
         [_verdict(summary, mode)],
-        [*_what(summary), *summary["notes"]],
+        [*_what(summary), *summary.notes],
         _sets(summary),
         _references(summary),
         _costs(summary),
-        _batches(summary["batch"]),
-        _accuracy(summary["accuracy"] or {}),
+        _batches(summary.batch),
+        _accuracy(summary.accuracy or {}),
     ]
     filled = [part for part in parts if part]
     return [line for number, part in enumerate(filled) for line in ([""] if number else []) + part]
 
 
-def _verdict(summary: Mapping[str, Any], mode: str) -> str:
-    overall = summary["overall"]
+def _verdict(summary: Summary, mode: Mode) -> str:
+    overall = summary.overall
     if mode == "baseline":
-        return f"Target alone: {overall['baseline_tok_s']:.1f} tok/s; nothing to compare with (--mode baseline)."
+        return f"Target alone: {overall.baseline_tok_s:.1f} tok/s; nothing to compare with (--mode baseline)."
     if mode == "draft":
         return (
-            f"With the draft: {overall['tok_s']:.1f} tok/s at acceptance length {overall['acceptance_length']:.2f}; "
+            f"With the draft: {overall.tok_s:.1f} tok/s at acceptance length {overall.acceptance_length:.2f}; "
             "no speedup is claimed without the target alone (--mode draft)."
         )
-    return str(summary["verdict"])
+    return str(summary.verdict)
 
 
-def _what(summary: Mapping[str, Any]) -> list[str]:
-    settings, about = summary["settings"], summary["identity"]
-    tree, k = summary["tree"], summary["num_speculative_tokens"]
+def _what(summary: Summary) -> list[str]:
+    settings, about = summary.settings, summary.identity
+    tree, k = summary.tree, summary.num_speculative_tokens
     drafting = f"a chain of {k}" if tree is None else _tree(tree)
-    if settings["mode"] == "baseline":
+    if settings.mode == "baseline":
         drafting = "no draft"
     sampling = "greedy"
-    if settings["temperature"] > 0:
-        sampling = f"temperature {settings['temperature']:g}, top-p {settings['top_p']:g}, top-k {settings['top_k']}"
-    times = f"{settings['num_samples']} answers, " if settings["num_samples"] > 1 else ""
+    if settings.temperature > 0:
+        sampling = f"temperature {settings.temperature:g}, top-p {settings.top_p:g}, top-k {settings.top_k}"
+    times = f"{settings.num_samples} answers, " if settings.num_samples > 1 else ""
     return [
-        f"{summary['family']}: {about['target']['source']}, {about['target']['dtype']}, on "
-        f"{about['cpu'] if about['device'] == 'cpu' else about['device']}",
-        f"{drafting}, {sampling}, {times}{settings['max_new_tokens']} new tokens a turn, {settings['repeats']} repeats",
+        f"{summary.family}: {about.target.source}, {about.target.dtype}, on "
+        f"{about.cpu if about.device == 'cpu' else about.device}",
+        f"{drafting}, {sampling}, {times}{settings.max_new_tokens} new tokens a turn, {settings.repeats} repeats",
     ]
 
 
-def _tree(tree: Mapping[str, Any]) -> str:
-    if "branches" in tree:
-        return f"a static tree of {len(tree['branches']) + 1} tokens"
-    return f"a tree of {tree['total_token']} tokens, depth {tree['depth']}, top-k {tree['top_k']}"
+def _tree(tree: DynamicTree | StaticTree) -> str:
+    if isinstance(tree, StaticTree):
+        return f"a static tree of {tree.total_token} tokens"
+    return f"a tree of {tree.total_token} tokens, depth {tree.depth}, top-k {tree.top_k}"
 
 
-def _sets(summary: Mapping[str, Any]) -> list[str]:
-    rows = [(name, found) for name, found in summary["sets"].items()]
+def _sets(summary: Summary) -> list[str]:
+    rows = [(name, found) for name, found in summary.sets.items()]
     if len(rows) > 1:
-        rows.append(("all", summary["overall"]))
+        rows.append(("all", summary.overall))
     header = ("prompt set", "questions", "accept", "tok/s", "alone", "speedup", "95 % interval", "lossless")
     body = [
         (
             name,
-            str(found["num_questions"]),
-            _number(found["acceptance_length"], 2),
-            _number(found["tok_s"], 1),
-            _number(found["baseline_tok_s"], 1),
-            _number(found["speedup"], 2, "x"),
-            _interval(found["speedup_ci"], 2),
-            _share(found["lossless_rate"]),
+            str(found.num_questions),
+            _number(found.acceptance_length, 2),
+            _number(found.tok_s, 1),
+            _number(found.baseline_tok_s, 1),
+            _number(found.speedup, 2, "x"),
+            _interval(found.speedup_ci, 2),
+            _share(found.lossless_rate),
         )
         for name, found in rows
     ]
@@ -87,48 +89,48 @@ def _sets(summary: Mapping[str, Any]) -> list[str]:
     return [*_columns([header, *body]), legend]
 
 
-def _references(summary: Mapping[str, Any]) -> list[str]:
+def _references(summary: Summary) -> list[str]:
     rows = [
-        (name, _number(row["acceptance_length"], 2), _number(row["tok_s"], 1), _number(row["speedup"], 2, "x"),
+        (name, _number(row.acceptance_length, 2), _number(row.tok_s, 1), _number(row.speedup, 2, "x"),
          MEANING.get(name, ""))
-        for name, row in summary["overall"]["references"].items()
+        for name, row in summary.overall.references.items()
     ]  # fmt: skip
-    if summary["stock_generate_tok_s"] is not None:
-        over = summary["baseline_over_stock"]
+    if summary.stock_generate_tok_s is not None:
+        over = summary.baseline_over_stock
         text = "" if over is None else f"transformers' own; our target alone is {over:.2f}x as fast"
-        rows.append(("generate()", "", _number(summary["stock_generate_tok_s"], 1), "", text))
+        rows.append(("generate()", "", _number(summary.stock_generate_tok_s, 1), "", text))
     return _columns([("reference", "accept", "tok/s", "speedup", ""), *rows]) if rows else []
 
 
-def _costs(summary: Mapping[str, Any]) -> list[str]:
-    costs, model = summary["cost"], summary["cost_model"]
-    if costs.get("t_draft_ms") is None or costs.get("t_target_ms") is None:
+def _costs(summary: Summary) -> list[str]:
+    costs, model = summary.cost, summary.cost_model
+    if costs.t_draft_ms is None or costs.t_target_ms is None:
         return []
-    share = costs["outside_share"]
+    share = costs.outside_share
     lines = [
-        f"a step takes {costs['t_target_ms']:.1f} ms without a draft; {costs['t_draft_ms']:.1f} ms to draft and "
-        f"{costs['t_verify_ms']:.1f} ms to verify with it; time outside model calls: "
+        f"a step takes {costs.t_target_ms:.1f} ms without a draft; {costs.t_draft_ms:.1f} ms to draft and "
+        f"{costs.t_verify_ms:.1f} ms to verify with it; time outside model calls: "
         + ("not measured" if share is None else f"{share:.1%}")
     ]
     if model is not None:
-        verify = ", ".join(f"{n}: {ms:.1f}" for n, ms in model["verify_ms"].items())
-        lines.append(f"ms to verify n tokens, measured alone behind {model['context']} others: {verify}")
+        verify = ", ".join(f"{n}: {ms:.1f}" for n, ms in model.verify_ms.items())
+        lines.append(f"ms to verify n tokens, measured alone behind {model.context} others: {verify}")
     return lines
 
 
-def _batches(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _batches(rows: Sequence[BatchRow]) -> list[str]:
     body = [
-        (str(row["batch_size"]), _number(row["acceptance_length"], 2), _number(row["tok_s"], 1),
-         _number(row["baseline_tok_s"], 1), _number(row["speedup"], 2, "x"), _share(row["lossless_rate"]))
+        (str(row.batch_size), _number(row.acceptance_length, 2), _number(row.tok_s, 1),
+         _number(row.baseline_tok_s, 1), _number(row.speedup, 2, "x"), _share(row.lossless_rate))
         for row in rows
     ]  # fmt: skip
     return _columns([("at once", "accept", "tok/s", "alone", "speedup", "lossless"), *body]) if body else []
 
 
-def _accuracy(found: Mapping[str, Any]) -> list[str]:
+def _accuracy(found: Mapping[str, Accuracy]) -> list[str]:
     body = [
-        (name, row["kind"], str(row["num_answers"]), _share(row["baseline"]), _share(row["draft"]),
-         _number(row["difference"], 3))
+        (name, row.kind, str(row.num_answers), _share(row.baseline), _share(row.draft),
+         _number(row.difference, 3))
         for name, row in found.items()
     ]  # fmt: skip
     return _columns([("answers right", "by", "answers", "alone", "draft", "difference"), *body]) if body else []
@@ -151,7 +153,7 @@ def _number(value: float | None, digits: int, unit: str = "") -> str:
     return "-" if value is None else f"{value:.{digits}f}{unit}"
 
 
-def _interval(interval: Sequence[float] | None, digits: int) -> str:
+def _interval(interval: Interval | None, digits: int) -> str:
     return "-" if interval is None else f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
 
 

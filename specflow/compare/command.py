@@ -15,6 +15,7 @@ from pathlib import Path
 from specflow.config import Params, load_params
 from specflow.errors import UserError
 from specflow.paths import Paths, project_home
+from specflow.results.schema import family_summary
 from specflow.stage import configure_logging, family_paths, listed_families
 from specflow.tracking import results
 
@@ -88,7 +89,6 @@ def _of_files(name: str, params: Params) -> Entry:
     if not _measured(paths):
         raise UserError(f"family {name!r} has no benchmark: run `dvc repro bench@{name}` first")
     mode = results.mode(name, params)
-    summary = json.loads((paths.bench / "summary.json").read_text(encoding="utf-8"))
     return Entry(
         label=name,
         family=name,
@@ -97,7 +97,7 @@ def _of_files(name: str, params: Params) -> Entry:
         source="files",
         name="",
         metrics=results.family_metrics(paths, results.measured_stages(paths, mode)),
-        conditions=results.conditions(summary),
+        conditions=results.conditions(family_summary(paths)),
         params=flatten(params.families[name].model_dump(mode="json")),
     )
 
@@ -158,7 +158,7 @@ def row(entry: Entry) -> list[str]:
         _text(metrics.get("accept/length"), "{:.2f}") + _interval(metrics, "accept/length"),
         " ".join(f"{rate:.2f}" for rate in entry.survival) or "-",
         _text(metrics.get("bench/speedup"), "{:.2f}x") + _interval(metrics, "bench/speedup"),
-        _text(metrics.get("reference/lookup_speedup", metrics.get("bench/lookup_speedup")), "{:.2f}x"),
+        _text(metrics.get("reference/lookup_speedup"), "{:.2f}x"),
         _text(metrics.get("bench/tok_s"), "{:.1f}"),
         _text(metrics.get("bench/baseline_tok_s"), "{:.1f}"),
         {1.0: "yes", 0.0: "NO", None: "sampled"}[metrics.get("bench/lossless")],

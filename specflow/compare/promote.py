@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from specflow.bench.statistics.intervals import Sums, ratio_interval, speed_sums, speedup_of
-from specflow.bench.statistics.records import BASELINE, DRAFT, Record, paired
+from specflow.bench.statistics.records import BASELINE, DRAFT, Record, paired, read_records
 from specflow.compare.command import CONDITIONS
 from specflow.config import Params
 from specflow.errors import UserError
-from specflow.files import read_json, read_jsonl, sha256_file
+from specflow.files import sha256_file
 from specflow.paths import Paths, project_home
+from specflow.results.schema import Summary, read_summary
 from specflow.tracking import results
 
 
@@ -28,12 +28,12 @@ from specflow.tracking import results
 class Evidence:
     """One benchmark of one draft."""
 
-    summary: dict[str, Any]
+    summary: Summary
     records: list[Record]
 
     @property
     def digest(self) -> str:
-        return str(self.summary["identity"]["draft_digest"])
+        return str(self.summary.identity.draft_digest)
 
     def of(self, engine: str) -> list[Record]:
         return [record for record in self.records if record.engine == engine]
@@ -45,21 +45,20 @@ class Decision:
     sentences: list[str]
 
 
-def read_evidence(folder: Path) -> Evidence:
-    made_by = "specflow bench <family>"
-    summary = read_json(folder / "summary.json", what="benchmark", made_by=made_by)
-    rows = read_jsonl(folder / "records.jsonl", what="benchmark records", made_by=made_by)
-    return Evidence(summary, [Record.from_json(row) for row in rows])
+def read_evidence(folder: Path, made_by: str) -> Evidence:
+    return Evidence(
+        read_summary(folder / "summary.json", made_by=made_by),
+        read_records(folder / "records.jsonl", made_by=made_by),
+    )
 
 
 def shortcomings(draft: Evidence) -> list[str]:
     """Why a draft may not be champion whatever it is compared with; empty where nothing speaks against it."""
-    conclusion = draft.summary.get("conclusion")
-    if conclusion is None:
-        return ["its benchmark was made before everything was checked that a conclusion needs: benchmark it again"]
-    if conclusion["reasons"]:
-        return [f"its benchmark allows no conclusion: {reason}" for reason in conclusion["reasons"]]
-    low, high = draft.summary["overall"]["speedup_ci"]
+    if reasons := draft.summary.conclusion.reasons:
+        return [f"its benchmark allows no conclusion: {reason}" for reason in reasons]
+    interval = draft.summary.overall.speedup_ci
+    assert interval is not None, "else there is a reason"
+    low, high = interval
     return [] if low > 1.0 else [f"the interval of its speedup, {low:.2f} to {high:.2f}, does not lie above 1"]
 
 
@@ -69,14 +68,12 @@ def differences(new: Evidence, old: Evidence) -> list[str]:
     found = [
         f"other {what} ({theirs[k]} then, {ours[k]} now)" for k, what in CONDITIONS.items() if ours[k] != theirs[k]
     ]
-    if None in (e.summary["identity"]["versions"].get("engine") for e in (new, old)):
-        found.append("a benchmark from before the engine's code was recorded")
     if found:
         return found
     asked = [{(*r.request, r.num_prompt_tokens) for r in evidence.of(BASELINE)} for evidence in (new, old)]
     if asked[0] != asked[1]:
         return [f"{len(asked[0] ^ asked[1])} of {len(asked[0] | asked[1])} prompts are not in both"]
-    if new.summary["settings"]["temperature"] == 0.0:
+    if new.summary.settings.greedy:
         answers = [{r.request: r.token_ids for r in evidence.of(BASELINE)} for evidence in (new, old)]
         if answers[0] != answers[1]:
             return ["the target alone answers otherwise now, so it is not the same target or engine"]
@@ -107,14 +104,14 @@ def decide(new: Evidence, champion: Iterable[Evidence] | None) -> Decision:
 
     None means that the family has no champion.
     """
-    overall, told = new.summary["overall"], []
-    if overall["speedup_ci"] is not None:
-        low, high = overall["speedup_ci"]
+    overall, told = new.summary.overall, []
+    if overall.speedup_ci is not None:
+        low, high = overall.speedup_ci
         told.append(
-            f"The new draft {new.digest[:12]} reaches {overall['speedup']:.2f}x (95 % interval {low:.2f} to "
-            f"{high:.2f}) at acceptance length {overall['acceptance_length']:.2f}."
+            f"The new draft {new.digest[:12]} reaches {overall.speedup:.2f}x (95 % interval {low:.2f} to "
+            f"{high:.2f}) at acceptance length {overall.acceptance_length:.2f}."
         )
-    if overall["lossless"] is None:
+    if overall.lossless is None:
         told.append("It was measured with sampling, so the benchmark says nothing about losslessness.")
     if found := shortcomings(new):
         return Decision(False, [*told, f"It is not promoted: {'; '.join(found)}."])
@@ -138,11 +135,11 @@ REMEDY = (
 
 
 def _verdict(told: list[str], new: Evidence, old: Evidence) -> Decision:
-    theirs = old.summary["overall"]
+    theirs = old.summary.overall
     value, low, high = paired_interval(new, old)
     told = [
         *told,
-        f"The champion {old.digest[:12]} reaches {theirs['speedup']:.2f}x on the same {theirs['num_questions']} "
+        f"The champion {old.digest[:12]} reaches {theirs.speedup:.2f}x on the same {theirs.num_questions} "
         "questions, machine and engine.",
         f"Question by question the new draft is {value:.3f} times as fast (95 % interval {low:.3f} to {high:.3f}).",
     ]
@@ -164,7 +161,8 @@ def promote(name: str, params: Params, paths: Paths, *, dry_run: bool = False) -
 
     if not (paths.bench / "summary.json").exists():
         raise UserError(f"family {name!r} has no benchmark: run `dvc repro bench@{name}` first")
-    new = read_evidence(paths.bench)
+    bench = f"dvc repro bench@{name}"
+    new = read_evidence(paths.bench, bench)
     weights = paths.export / "eagle3" / "model.safetensors"
     if not weights.exists() or sha256_file(weights) != new.digest:
         raise UserError(f"the benchmark of {name!r} is of another draft than {weights}: run `dvc repro bench@{name}`")
@@ -177,7 +175,7 @@ def promote(name: str, params: Params, paths: Paths, *, dry_run: bool = False) -
         return Decision(False, [f"The draft {new.digest[:12]} is the champion already: version {current.version}."])
     else:
         with registry.benchmarks(client, name, current.tags["draft_digest"], home) as folders:
-            decision = decide(new, map(read_evidence, folders))
+            decision = decide(new, (read_evidence(folder, f"{bench}, with the champion's draft") for folder in folders))
     if dry_run:
         return Decision(decision.promote, [*decision.sentences, "Dry run: the alias stays where it is."])
     version = record.registered_version(client, name, params, paths)

@@ -192,12 +192,12 @@ def tuned(predicted: Sequence[Row], measured: Sequence[Row]) -> Chart:
     return alt.layer(drawn, rings)
 
 
-def histogram(counts: Mapping[str, int]) -> Chart:
+def histogram(counts: Mapping[int, int]) -> Chart:
     """Share of steps by acceptance length; lengths that never occurred have an empty place."""
     total = sum(counts.values()) or 1
     rows = [
-        {"x": length, "y": counts.get(str(length), 0) / total, "steps": counts.get(str(length), 0)}
-        for length in range(1, max(map(int, counts), default=1) + 1)
+        {"x": length, "y": counts.get(length, 0) / total, "steps": counts.get(length, 0)}
+        for length in range(1, max(counts, default=1) + 1)
     ]
     tooltip = [
         alt.Tooltip("x:O", title="acceptance length"),

@@ -25,6 +25,7 @@ from specflow.config import Params
 from specflow.errors import UserError
 from specflow.gpus import nvml
 from specflow.paths import Paths, outside, project_home
+from specflow.results.schema import family_summary
 from specflow.tracking import results
 from specflow.tracking.registry import find_version, register_draft
 from specflow.tracking.store import (
@@ -303,7 +304,7 @@ def registered_version(client: MlflowClient, name: str, params: Params, paths: P
 
     Raises UserError where no run of that benchmark is recorded and dvc.lock does not vouch for it.
     """
-    digest = json.loads((paths.bench / "summary.json").read_text(encoding="utf-8"))["identity"]["draft_digest"]
+    digest = str(family_summary(paths).identity.draft_digest)
     version = find_version(client, name, digest)
     if version is None:
         sync(name, params, paths)  # which registers it too
@@ -391,9 +392,9 @@ def _digest_tags(stage: str, paths: Paths) -> dict[str, str]:
     tags = {}
     if paths.target.exists():
         tags["target_digest"] = json.loads(paths.target.read_text(encoding="utf-8"))["digest"]
-    if stage == "bench" and (summary := paths.bench / "summary.json").exists():
-        told = json.loads(summary.read_text(encoding="utf-8"))
-        tags |= {**results.conditions(told), "draft_digest": told["identity"]["draft_digest"]}
+    if stage == "bench" and (paths.bench / "summary.json").exists():
+        summary = family_summary(paths)
+        tags |= {**results.conditions(summary), "draft_digest": str(summary.identity.draft_digest)}
     if paths.metrics(stage).exists():
         tags["metrics_md5"] = results.md5(paths.metrics(stage))
     if (lock := paths.root / "dvc.lock").exists():  # as it stands while the stage runs: what its inputs were locked at

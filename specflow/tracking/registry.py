@@ -6,14 +6,14 @@ the same draft, keeps the per-request records: so a draft can be compared with t
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from specflow.paths import Paths, project_home
+from specflow.results.schema import Summary, family_summary
 from specflow.tracking import results
 from specflow.tracking.store import ensure_experiment, open_store, search
 
@@ -36,8 +36,9 @@ def register_draft(client: MlflowClient, run_id: str, paths: Paths, tags: dict[s
     A draft that is registered already keeps its version, whose tags then tell of the newest benchmark. `weights` False
     registers the draft by its digests alone.
     """
-    summary = json.loads((paths.bench / "summary.json").read_text(encoding="utf-8"))
-    digest = summary["identity"]["draft_digest"]
+    summary = family_summary(paths)
+    digest = summary.identity.draft_digest
+    assert digest is not None, "the stage measures a draft"
     known = {**tags, **_version_tags(summary, paths), "bench_run_id": run_id}
     _ensure_model(client, paths.family)
     version = find_version(client, paths.family, digest)
@@ -52,26 +53,26 @@ def register_draft(client: MlflowClient, run_id: str, paths: Paths, tags: dict[s
             f"runs:/{run_id}/{DRAFT}",
             run_id,
             tags={**known, "weights": "copied" if weights else "in DVC only"},
-            description=summary["verdict"],
+            description=summary.verdict,
         )
     else:
         tag_version(client, version, known)
-        client.update_model_version(version.name, version.version, summary["verdict"])
+        client.update_model_version(version.name, version.version, summary.verdict)
     return str(version.version)
 
 
-def _version_tags(summary: dict[str, Any], paths: Paths) -> dict[str, str]:
-    overall = summary["overall"]
-    ends = dict(zip(("speedup_low", "speedup_high"), overall["speedup_ci"] or (), strict=False))
+def _version_tags(summary: Summary, paths: Paths) -> dict[str, str]:
+    overall = summary.overall
+    ends = dict(zip(("speedup_low", "speedup_high"), overall.speedup_ci or (), strict=False))
     export = results.locked_export(paths)
     return {
         **results.conditions(summary),
-        "draft_digest": summary["identity"]["draft_digest"],
-        "num_speculative_tokens": str(summary["num_speculative_tokens"]),
-        "acceptance_length": f"{overall['acceptance_length']:.4f}",
-        "speedup": f"{overall['speedup']:.4f}",
+        "draft_digest": str(summary.identity.draft_digest),
+        "num_speculative_tokens": str(summary.num_speculative_tokens),
+        "acceptance_length": f"{overall.acceptance_length:.4f}",
+        "speedup": f"{overall.speedup:.4f}",
         **{end: f"{value:.4f}" for end, value in ends.items()},
-        "lossless": {True: "yes", False: "no", None: "sampled"}[overall["lossless"]],
+        "lossless": {True: "yes", False: "no", None: "sampled"}[overall.lossless],
         **({"dvc_export_md5": export} if export else {}),
     }
 

@@ -14,6 +14,7 @@ from specflow.config import Params
 from specflow.config_bench import REFERENCES
 from specflow.files import sha256_json
 from specflow.paths import Paths
+from specflow.results.schema import SetResult, Settings, Summary, family_summary
 
 METHOD = "eagle3"
 COSTS = ("seconds", "gpu_seconds", "gpu_joules")
@@ -65,51 +66,52 @@ def headline(stage: str, metrics: dict[str, float], paths: Paths) -> dict[str, f
         return named
     if stage == "vocab":
         return {f"vocab/{VOCAB_NAMES.get(key, key)}": value for key, value in known.items()}
-    file = paths.bench / "summary.json"
-    if stage != "bench" or not file.exists():
+    if stage != "bench" or not (paths.bench / "summary.json").exists():
         return {f"{stage}/{key}": value for key, value in known.items()}
-    summary = json.loads(file.read_text(encoding="utf-8"))
-    named = _bench_names(summary["overall"])
+    summary = family_summary(paths)
+    named = _bench_names(summary.overall)
     named |= {f"bench/{key}": value for key, value in known.items() if not _said_already(key)}
     named |= _extra_names(summary)
-    for name, result in summary["sets"].items():
+    for name, result in summary.sets.items():
         named |= {f"{name}/{key.replace('/', '_')}": value for key, value in _bench_names(result).items()}
     return named
 
 
-def _bench_names(result: dict[str, Any]) -> dict[str, float]:
+def _bench_names(result: SetResult) -> dict[str, float]:
     names: dict[str, float | None] = {
-        "accept/length": result["acceptance_length"],
-        "bench/speedup": result["speedup"],
-        **{f"accept/pos_{i}": rate for i, rate in enumerate(result["survival"], 1)},
+        "accept/length": result.acceptance_length,
+        "bench/speedup": result.speedup,
+        **{f"accept/pos_{i}": rate for i, rate in enumerate(result.survival, 1)},
     }
-    for name, interval in (("accept/length", "acceptance_length_ci"), ("bench/speedup", "speedup_ci")):
-        names[f"{name}_low"], names[f"{name}_high"] = result.get(interval) or (None, None)
+    for name, interval in (("accept/length", result.acceptance_length_ci), ("bench/speedup", result.speedup_ci)):
+        names[f"{name}_low"], names[f"{name}_high"] = interval or (None, None)
     names |= {
-        "accept/length_macro": result["acceptance_length_macro"],
-        "bench/speedup_mean_of_ratios": result["speedup_mean_of_ratios"],
-        "bench/tok_s": result["tok_s"],
-        "bench/baseline_tok_s": result["baseline_tok_s"],
-        # Under sampling outputs may differ and the field is null.
-        "bench/lossless": result["lossless"],
+        "accept/length_macro": result.acceptance_length_macro,
+        "bench/speedup_mean_of_ratios": result.speedup_mean_of_ratios,
+        "bench/tok_s": result.tok_s,
+        "bench/baseline_tok_s": result.baseline_tok_s,
+        "bench/lossless": result.lossless,
     }
     return {name: float(value) for name, value in names.items() if value is not None}
 
 
-def _extra_names(summary: dict[str, Any]) -> dict[str, float]:
+def _extra_names(summary: Summary) -> dict[str, float]:
     """What not every benchmark has: reference rows, accuracy, several requests at once, a tree, drift."""
     names: dict[str, float | None] = {}
-    for engine, row in summary["overall"].get("references", {}).items():
-        names[f"reference/{engine}_speedup"] = row["speedup"]
-        names[f"reference/{engine}_accept_length"] = row["acceptance_length"]
-    for name, row in (summary.get("accuracy") or {}).items():
-        names |= {f"accuracy/{name}_{key}": row[key] for key in ("baseline", "draft", "difference")}
-    for row in summary.get("batch") or []:
-        names |= {f"batch/{row['batch_size']}_{key}": row[key] for key in ("speedup", "tok_s", "acceptance_length")}
-    if summary.get("tree") is not None:
-        names["bench/drafted_per_step"] = summary["overall"]["drafted_per_step"]
-    if summary.get("drift") is not None:
-        names["bench/drift"] = summary["drift"]["baseline_change"]
+    for engine, reference in summary.overall.references.items():
+        names[f"reference/{engine}_speedup"] = reference.speedup
+        names[f"reference/{engine}_accept_length"] = reference.acceptance_length
+    for name, scored in (summary.accuracy or {}).items():
+        names[f"accuracy/{name}_baseline"] = scored.baseline
+        names[f"accuracy/{name}_draft"] = scored.draft
+        names[f"accuracy/{name}_difference"] = scored.difference
+    for row in summary.batch:
+        names[f"batch/{row.batch_size}_speedup"] = row.speedup
+        names[f"batch/{row.batch_size}_tok_s"] = row.tok_s
+        names[f"batch/{row.batch_size}_acceptance_length"] = row.acceptance_length
+    if summary.tree is not None:
+        names["bench/drafted_per_step"] = summary.overall.drafted_per_step
+    names["bench/drift"] = summary.drift.baseline_change
     return {name: float(value) for name, value in names.items() if value is not None}
 
 
@@ -152,24 +154,23 @@ def measured_stages(paths: Paths, mode: str) -> list[str]:
 
 def verdict(paths: Paths) -> str:
     """The benchmark's one sentence."""
-    return str(json.loads((paths.bench / "summary.json").read_text(encoding="utf-8"))["verdict"])
+    return family_summary(paths).verdict
 
 
-def conditions(summary: dict[str, Any]) -> dict[str, str]:
+ASKED = {"questions", "max_new_tokens", "max_turns", "num_samples", "temperature", "top_p", "top_k"}
+"""Settings that say what was asked and how it was answered."""
+assert set(Settings.model_fields) >= ASKED
+
+
+def conditions(summary: Summary) -> dict[str, str]:
     """What two benchmarks must share before their speeds may be compared, as short texts."""
-    identity, settings = summary["identity"], summary["settings"]
-    versions = identity["versions"]
-    asked = {key: settings[key] for key in ("questions", "max_new_tokens", "max_turns", "temperature")}
-    # Only where they are set: the digest of a benchmark from before they existed stays what it was.
-    since = {"top_p": 1.0, "top_k": 0, "num_samples": 1}
-    asked |= {key: settings[key] for key, off in since.items() if settings.get(key, off) != off}
+    identity, versions = summary.identity, summary.identity.versions
     return {
-        "target_digest": identity["target"]["digest"],
-        "target_dtype": identity["target"]["dtype"],
-        "machine": f"{identity['cpu']}, {identity['torch_threads']} threads, {identity['device']}",
-        "engine": f"torch {versions['torch']}, transformers {versions['transformers']}, "
-        f"code {versions.get('engine', 'unknown')}",
-        "bench_settings": sha256_json(asked)[:12],
+        "target_digest": identity.target.digest,
+        "target_dtype": identity.target.dtype,
+        "machine": f"{identity.cpu}, {identity.torch_threads} threads, {identity.device}",
+        "engine": f"torch {versions.torch}, transformers {versions.transformers}, code {versions.engine}",
+        "bench_settings": sha256_json(summary.settings.model_dump(mode="json", include=ASKED))[:12],
     }
 
 

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from specflow.results.schema import StepCosts
+
 MARGIN = 0.2
 """Candidates predicted within this share of the best are worth measuring: predictions are of greedy steps
 behind random tokens."""
@@ -89,20 +91,9 @@ class CostModel:
     """What a tree's proposal takes beyond its levels, by top_k."""
 
     @classmethod
-    def from_json(cls, costs: Mapping[str, Any]) -> CostModel:
-        """From what `bench.costs.measure_costs` returns."""
-
-        def by_rows(table: Mapping[str, float]) -> dict[int, float]:
-            return {int(rows): value for rows, value in table.items()}
-
-        draft = costs["draft_ms"]
-        return cls(
-            costs["target_ms"],
-            by_rows(costs["verify_ms"]),
-            by_rows(draft["ingest_by_rows"]),
-            by_rows(draft["step_by_rows"]),
-            by_rows(draft["tree_by_rows"]),
-        )
+    def of(cls, costs: StepCosts) -> CostModel:
+        draft = costs.draft_ms
+        return cls(costs.target_ms, costs.verify_ms, draft.ingest_by_rows, draft.step_by_rows, draft.tree_by_rows)
 
     def draft_ms(self, candidate: Candidate, acceptance_length: float) -> float:
         """Milliseconds of one proposal."""

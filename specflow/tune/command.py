@@ -17,6 +17,7 @@ from specflow.gpus import leases
 from specflow.gpus.resources import stage_resources
 from specflow.params.file import set_params
 from specflow.paths import Paths
+from specflow.results.schema import Identity
 from specflow.targets.model import read_facts
 from specflow.tune import page
 from specflow.tune.findings import Found, Measured, recommend
@@ -81,7 +82,7 @@ def run(
     return report
 
 
-def report_of(name: str, family: Family, found: Found, options: Options, about: Mapping[str, Any]) -> dict[str, Any]:
+def report_of(name: str, family: Family, found: Found, options: Options, about: Identity) -> dict[str, Any]:
     """Everything that was found, JSON-able."""
     chosen = recommend(found)
     recommended = None if chosen is None else chosen.model_dump(exclude_none=True)
@@ -112,7 +113,7 @@ def report_of(name: str, family: Family, found: Found, options: Options, about: 
             "seed": bench.seed,
         },
         "prompts": found.prompts,
-        "costs": found.costs,
+        "costs": {size: costs.to_json() for size, costs in found.costs.items()},
         "confirmed": [m.to_json() for m in found.confirmed],
         "searched": [m.to_json() for m in found.searched],
         "predicted": [
@@ -125,7 +126,7 @@ def report_of(name: str, family: Family, found: Found, options: Options, about: 
             }
             for p in found.predictions
         ],
-        "identity": dict(about),
+        "identity": about.to_json(),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from specflow.bench.statistics.records import BASELINE, DRAFT, Record, paired
 from specflow.bench.statistics.summary import summary_of
 from specflow.bench.statistics.verdict import LEAST_LENGTH
 from specflow.config import SglangSpeculation, Speculation
+from specflow.results.schema import Conditions, StepCosts
 from specflow.tune.candidates import Candidate, Prediction
 
 
@@ -66,7 +67,7 @@ class Measured:
 class Found:
     """Everything that the search saw."""
 
-    costs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    costs: dict[str, StepCosts] = field(default_factory=dict)
     """By size of the draft's vocabulary as text; the whole one comes first."""
     predictions: list[Prediction] = field(default_factory=list)
     """Of every candidate, cut heads among them; fastest first."""
@@ -96,28 +97,27 @@ def kind_of(candidate: Candidate) -> str:
     return "chain" if candidate.is_chain else "tree"
 
 
-def judged(records: Sequence[Record], candidate: Candidate, *, greedy: bool, conditions: Mapping[str, Any]) -> Measured:
+def judged(records: Sequence[Record], candidate: Candidate, *, greedy: bool, conditions: Conditions) -> Measured:
     """`summarise`, with an interval and the benchmark's verdict; `conditions` as that takes them."""
     own = [
         record if record.engine == BASELINE else replace(record, engine=DRAFT)
         for record in records
         if record.engine in (BASELINE, candidate.name)
     ]
-    shape = None if candidate.is_chain else candidate.to_json()
     summary = summary_of(
         own,
         num_speculative_tokens=candidate.depth,
         greedy=greedy,
-        tree=shape,
+        tree=not candidate.is_chain,
         conditions=conditions,
     )
-    overall = summary["overall"]
+    overall = summary.overall
     return replace(
         summarise(records, candidate),
-        speedup_ci=tuple(overall["speedup_ci"]) if overall["speedup_ci"] else None,
-        lossless_rate=overall["lossless_rate"],
-        conclusion=summary["conclusion"]["conclusion"],
-        verdict=summary["verdict"],
+        speedup_ci=overall.speedup_ci,
+        lossless_rate=overall.lossless_rate,
+        conclusion=summary.conclusion.conclusion,
+        verdict=summary.verdict,
     )
 
 
@@ -143,7 +143,7 @@ def summarise(records: Sequence[Record], candidate: Candidate) -> Measured:
         baseline_decode_tok_s=metrics.decode_tok_s(plain),
         speedup=speedup,
         step_ms=1e3 * sum(record.decode_s for record in own) / steps if steps else 0.0,
-        outside_share=costs["outside_share"],
+        outside_share=costs.outside_share,
     )
 
 

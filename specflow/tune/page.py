@@ -9,6 +9,7 @@ import altair as alt
 from markupsafe import Markup
 
 from specflow.pages import charts, page
+from specflow.results.schema import StepCosts
 from specflow.tune.candidates import Prediction
 from specflow.tune.findings import Found, Measured
 
@@ -162,18 +163,18 @@ def predicted_table(predictions: Sequence[Prediction]) -> Markup:
     return page.table(header, rows, emphasis=7)
 
 
-def cost_table(size: str, costs: Mapping[str, Any]) -> Markup:
+def cost_table(size: str, costs: StepCosts) -> Markup:
     """Milliseconds by rows, of one size of the draft's vocabulary."""
-    draft = costs["draft_ms"]
+    draft = costs.draft_ms
     tables = {
-        "verification": costs["verify_ms"],
-        "draft: rows of verified tokens, first token": draft["ingest_by_rows"],
-        "draft: each further level": draft["step_by_rows"],
-        "draft: a tree's own, by topk": draft["tree_by_rows"],
+        "verification": costs.verify_ms,
+        "draft: rows of verified tokens, first token": draft.ingest_by_rows,
+        "draft: each further level": draft.step_by_rows,
+        "draft: a tree's own, by topk": draft.tree_by_rows,
     }
-    counts = sorted({int(n) for table in tables.values() for n in table})
-    header = [f"ms, draft vocabulary {page.count(int(size))}, behind {costs['context']} tokens", *map(str, counts)]
-    rows = [[name, *(page.measured(table.get(str(n)), "{:.2f}") for n in counts)] for name, table in tables.items()]
+    counts = sorted({n for table in tables.values() for n in table})
+    header = [f"ms, draft vocabulary {page.count(int(size))}, behind {costs.context} tokens", *map(str, counts)]
+    rows = [[name, *(page.measured(table.get(n), "{:.2f}") for n in counts)] for name, table in tables.items()]
     return page.table(header, rows)
 
 

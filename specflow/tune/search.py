@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from specflow.bench.statistics import metrics
 from specflow.bench.statistics.intervals import speedup_interval
 from specflow.bench.statistics.records import Record, paired
 from specflow.data.prompt_sets import Question
 from specflow.errors import UserError
+from specflow.results.schema import Conditions, StepCosts
 from specflow.tune.acceptance import Walkable, acceptance_length
 from specflow.tune.candidates import Candidate, CostModel, Prediction, grid, predict, prune
 from specflow.tune.findings import Found, Measured, judged, kind_of, summarise
@@ -45,13 +46,13 @@ class Workbench(Protocol):
     draft_vocab_size: int
     max_new_tokens: int
     greedy: bool
-    conditions: Mapping[str, Any]
+    conditions: Conditions
     """What of the machine counts against a conclusion, as `bench.verdict` takes it."""
 
     def clock(self) -> float:
         """Seconds."""
 
-    def costs(self, draft_vocab_size: int | None, limit_s: float) -> dict[str, Any]:
+    def costs(self, draft_vocab_size: int | None, limit_s: float) -> StepCosts:
         """`bench.costs.measure_costs` of the draft, its head cut down to so many tokens."""
 
     def answer(
@@ -152,7 +153,7 @@ class _Deadline:
 def _costs(bench: Workbench, found: Found, size: int | None, budget_s: float) -> CostModel:
     measured = bench.costs(size, min(COSTS_S, COSTS_SHARE * budget_s))
     found.costs[str(size or bench.draft_vocab_size)] = measured
-    return CostModel.from_json(measured)
+    return CostModel.of(measured)
 
 
 def least_budget_s(spent_s: float, costs: CostModel, max_new_tokens: int, candidates: Sequence[Candidate]) -> float:
@@ -209,7 +210,7 @@ def _predict(
             answers[top_k].append(walkable)
         answered.append(question)
         deadline.did(1)
-    costs = CostModel.from_json(found.costs[str(size or bench.draft_vocab_size)])
+    costs = CostModel.of(found.costs[str(size or bench.draft_vocab_size)])
     for candidate in candidates:
         length = acceptance_length(answers[candidate.top_k], candidate)
         found.predictions.append(predict(candidate.cut(size), length, costs))

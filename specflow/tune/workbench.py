@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from specflow.errors import UserError
 from specflow.export.eagle3 import check_export, load_export
 from specflow.files import RowLog
 from specflow.paths import Paths
+from specflow.results.schema import Conditions, StepCosts
 from specflow.targets.attention import optimise_for_inference
 from specflow.targets.cached import CachedTarget
 from specflow.targets.model import load_model, load_tokenizer, read_facts
@@ -60,7 +60,7 @@ class ModelBench:
         self.pool = self._questions(name, family, params, facts.max_position_embeddings)
         self.max_new_tokens, self.greedy = self.bench.max_new_tokens, self.bench.greedy
         self.draft_vocab_size = self._draft.config.draft_vocab_size
-        self.conditions: Mapping[str, Any] = {"busy_share": machine_load()["busy_share"]}
+        self.conditions = Conditions(busy_share=machine_load()["busy_share"])
         self.device = default_device()
         model = optimise_for_inference(load_model(facts, paths.cache, device=str(self.device)))
         self._decoding_dtype = decoding_dtype(self.bench.draft_dtype, model.dtype, self.device)
@@ -78,7 +78,7 @@ class ModelBench:
         self._engines: dict[str, Engine] = {}
         self._log = RowLog(paths.state / "tune.jsonl", key=f"{time.time()}")
         self._runner = Runner(self._target, self._tokenizer, self._eos_ids, self.bench, self._log, length)
-        self._costs: dict[str, Any] = {}
+        self._costs: StepCosts | None = None
 
     def close(self) -> None:
         self._log.close(delete=True)
@@ -133,7 +133,7 @@ class ModelBench:
             self._sessions[size] = Eagle3Session(draft, self._embedding, self._target.max_length)
         return self._sessions[size]
 
-    def costs(self, draft_vocab_size: int | None, limit_s: float) -> dict[str, Any]:
+    def costs(self, draft_vocab_size: int | None, limit_s: float) -> StepCosts:
         whole = draft_vocab_size is None
         tokens = [n for n in VERIFIED if n <= self._max_nodes + 1] if whole else [1]
         measured = measure_costs(
@@ -146,7 +146,8 @@ class ModelBench:
         )
         if whole:
             self._costs = measured
-        return {**measured, "target_ms": self._costs["target_ms"], "verify_ms": self._costs["verify_ms"]}
+        assert self._costs is not None, "the whole head is measured first"
+        return measured.changed(target_ms=self._costs.target_ms, verify_ms=self._costs.verify_ms)
 
     def answer(
         self, question: Question, depths: Mapping[int, int], draft_vocab_size: int | None

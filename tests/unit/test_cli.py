@@ -95,16 +95,17 @@ def test_init_twice_changes_nothing(project: Path, monkeypatch: pytest.MonkeyPat
 def test_results(project: Path, paths: Paths) -> None:
     assert "no results yet" in specflow("results")
     summary = make_summary(make_records())
-    files.write_json(paths.bench / "summary.json", summary)
+    files.write_json(paths.bench / "summary.json", summary.to_json())
     table = specflow("results", code=0)
     row = next(line for line in table.splitlines() if line.startswith("human_eval"))
-    of_set = summary["sets"]["human_eval"]
-    numbers = [of_set["acceptance_length"], *of_set["survival"]]
-    speeds = [f"{of_set['tok_s']:.1f}", f"{of_set['baseline_tok_s']:.1f}", f"{of_set['speedup']:.2f}x"]
-    low, high = of_set["speedup_ci"]
+    of_set = summary.sets["human_eval"]
+    assert of_set.acceptance_length and of_set.speedup_ci
+    numbers = [of_set.acceptance_length, *of_set.survival]
+    speeds = [f"{of_set.tok_s:.1f}", f"{of_set.baseline_tok_s:.1f}", f"{of_set.speedup:.2f}x"]
+    low, high = of_set.speedup_ci
     interval = [f"[{low:.2f},", f"{high:.2f}]"]
     assert row.split() == ["human_eval", *(f"{value:.2f}" for value in numbers), *speeds, *interval, "yes"]
-    assert summary["verdict"] in table and "mlflow ui" in table
+    assert summary.verdict in table and "mlflow ui" in table
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

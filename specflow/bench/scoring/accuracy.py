@@ -20,6 +20,7 @@ from specflow.bench.statistics.intervals import difference_interval
 from specflow.bench.statistics.records import BASELINE, DRAFT, Record, paired
 from specflow.data.prompt_sets import Program, Question
 from specflow.errors import UserError
+from specflow.results.schema import Accuracy
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ def accuracy(
     text_of: Callable[[Record], str],
     *,
     execute_code: bool,
-) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+) -> tuple[dict[str, Accuracy] | None, list[dict[str, Any]]]:
     """summary.json's `accuracy` by prompt set, and one row for each judged answer. (None, []) where no set is named.
 
     `text_of` gives an answer's text. Runs programs of the model's where `execute_code` allows, and says so first.
@@ -186,13 +187,15 @@ def accuracy(
     sandbox = check_scorable(sets, names, execute_code=execute_code)
     if sandbox is not None:
         logger.warning("accuracy: running programs that the model wrote: %s", "; ".join(sandbox.describe()))
-    block: dict[str, Any] = {}
+    block: dict[str, Accuracy] = {}
     rows: list[dict[str, Any]] = []
     for name in names:
         chosen = [record for record in records if record.set == name and record.engine in (BASELINE, DRAFT)]
         scores = _score(chosen, {question.question_id: question for question in sets[name]}, text_of, sandbox)
-        block[name] = {"kind": _kind(sets[name]), **compare(chosen, scores)}
-        rows += [{"id": r.key, "kind": block[name]["kind"], **asdict(scores[r.key])} for r in chosen if r.key in scores]
+        kind = _kind(sets[name])
+        assert kind is not None, "check_scorable has seen it"
+        block[name] = compare(chosen, scores, kind=kind)
+        rows += [{"id": r.key, "kind": kind, **asdict(scores[r.key])} for r in chosen if r.key in scores]
     return block or None, rows
 
 
@@ -223,7 +226,7 @@ def _judge(text: str, question: Question, turn: int, sandbox: Sandbox | None) ->
     return None if reference is None else score_number(text, reference)
 
 
-def compare(records: Sequence[Record], scores: Mapping[str, Score]) -> dict[str, Any]:
+def compare(records: Sequence[Record], scores: Mapping[str, Score], *, kind: str) -> Accuracy:
     """Rates of right answers of both engines, and the paired difference (draft - baseline) with its 95 % interval."""
     sides = {e: [r for r in records if r.engine == e and r.key in scores] for e in (BASELINE, DRAFT)}
     baseline, draft = sides.values()
@@ -233,16 +236,16 @@ def compare(records: Sequence[Record], scores: Mapping[str, Score]) -> dict[str,
 
     pairs = [(b.question, scores[b.key].correct, scores[d.key].correct) for b, d in paired(baseline, draft)]
     differences = [(question, float(theirs) - float(ours)) for question, ours, theirs in pairs]
-    interval = difference_interval(differences)
-    return {
-        "num_questions": len({r.question for r in [*baseline, *draft]}),
-        "num_answers": len(pairs),
-        "baseline": rate(baseline),
-        "draft": rate(draft),
-        "difference": sum(value for _, value in differences) / len(differences) if differences else None,
-        "difference_ci": None if interval is None else list(interval),
-        "only_baseline_right": sum(ours and not theirs for _, ours, theirs in pairs),
-        "only_draft_right": sum(theirs and not ours for _, ours, theirs in pairs),
-        "num_unreadable": {e: sum(scores[r.key].got is None for r in chosen) for e, chosen in sides.items()},
-        "num_length_limited": {e: sum(r.finish_reason == "length" for r in c) for e, c in sides.items()},
-    }
+    return Accuracy(
+        kind=kind,
+        num_questions=len({r.question for r in [*baseline, *draft]}),
+        num_answers=len(pairs),
+        baseline=rate(baseline),
+        draft=rate(draft),
+        difference=sum(value for _, value in differences) / len(differences) if differences else None,
+        difference_ci=difference_interval(differences),
+        only_baseline_right=sum(ours and not theirs for _, ours, theirs in pairs),
+        only_draft_right=sum(theirs and not ours for _, ours, theirs in pairs),
+        num_unreadable={e: sum(scores[r.key].got is None for r in chosen) for e, chosen in sides.items()},
+        num_length_limited={e: sum(r.finish_reason == "length" for r in c) for e, c in sides.items()},
+    )

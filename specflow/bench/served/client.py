@@ -13,14 +13,13 @@ import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 
 from specflow import http
+from specflow.results.served import ServedEngine
 from specflow.serving.server import Endpoint
-
-ServedEngine = Literal["vllm", "sglang", "openai"]
 
 
 @dataclass(frozen=True)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
-from specflow import files
 from specflow.bench.job import family_job
 from specflow.bench.questions import load_questions, prompt_tokens, spread
 from specflow.bench.served import results
 from specflow.bench.served.client import Request
 from specflow.bench.served.measuring import Plan, check_possible
-from specflow.bench.statistics.records import Record
+from specflow.bench.statistics.records import Record, read_records
 from specflow.config import Family, Params
 from specflow.config_bench import BenchServe
 from specflow.errors import UserError
 from specflow.gpus import leases
 from specflow.gpus.resources import stage_resources
 from specflow.paths import Paths
+from specflow.results.schema import Summary, family_summary
 from specflow.stage import configure_logging, quieten_transformers
 from specflow.targets.model import TargetFacts, load_tokenizer, read_facts
 
@@ -43,8 +42,8 @@ def look(name: str, params: Params, paths: Paths, options: Mapping[str, Any]) ->
     configure_logging()
     quieten_transformers()
     facts = read_facts(paths.target)
-    summary = _json(paths, "summary.json")
-    k = given.get("num_speculative_tokens") or summary.get("num_speculative_tokens")
+    summary = family_summary(paths) if (paths.bench / "summary.json").exists() else None
+    k = given.get("num_speculative_tokens") or (summary and summary.num_speculative_tokens)
     plan = Plan(
         name=name,
         family=family,
@@ -90,16 +89,10 @@ def _first_turns(
     ]
 
 
-def _in_process(plan: Plan, summary: Mapping[str, Any]) -> Sequence[Record]:
-    bench = plan.family.bench
-    asked = {"max_new_tokens": bench.max_new_tokens, "temperature": bench.temperature}
-    same = bool(summary) and summary["num_speculative_tokens"] == plan.num_speculative_tokens
-    if not same or any(summary["settings"][key] != value for key, value in asked.items()):
+def _in_process(plan: Plan, summary: Summary | None) -> Sequence[Record]:
+    if summary is None or summary.num_speculative_tokens != plan.num_speculative_tokens:
         return []
-    rows = files.read_jsonl(plan.paths.bench / "records.jsonl", what="benchmark records", made_by="specflow bench")
-    return [Record.from_json(row) for row in rows]
-
-
-def _json(paths: Paths, name: str) -> dict[str, Any]:
-    file = paths.bench / name
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+    asked, then = plan.family.bench, summary.settings
+    if (asked.max_new_tokens, asked.temperature) != (then.max_new_tokens, then.temperature):
+        return []
+    return read_records(plan.paths.bench / "records.jsonl", made_by=f"dvc repro bench@{plan.name}")

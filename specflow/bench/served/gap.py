@@ -7,7 +7,6 @@ one, which answered the same prompts with the same K and tells on which side of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,12 @@ from specflow.bench.served.client import Request
 from specflow.errors import UserError
 from specflow.export.eagle3 import check_export
 from specflow.files import read_json
+from specflow.results.served import Check, Gap
 from specflow.serving.server import Endpoint
 from specflow.targets.model import TargetFacts
 
 APART = 0.05
 """Relative difference above which the report says where to look."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """Something that a served draft loses its acceptance by, looked at from outside."""
-
-    what: str
-    ok: bool | None
-    """None where the server does not tell."""
-    found: str
 
 
 def expected_length(metrics_file: Path, num_speculative_tokens: int) -> float | None:
@@ -45,27 +35,32 @@ def expected_length(metrics_file: Path, num_speculative_tokens: int) -> float | 
 
 
 def gap(
+    where: str,
+    num_requests: int,
+    *,
     expected: float | None,
     in_process: float,
     served: float,
     interval: tuple[float, float] | None,
     checks: Sequence[Check],
-) -> dict[str, Any]:
+) -> Gap:
     """The three acceptance lengths, how far they lie apart, and where to look where that is above 5 %."""
     of_server = served / in_process - 1.0
     of_training = None if expected is None else served / expected - 1.0
     number = of_server if of_training is None else of_training
-    return {
-        "expected": expected,
-        "in_process": in_process,
-        "served": served,
-        "served_interval": interval and list(interval),
-        "gap": number,
-        "gap_to_in_process": of_server,
-        "apart": max(abs(number), abs(of_server)) > APART,
-        "advice": _advice(expected, of_training, of_server, interval, checks),
-        "checks": [asdict(check) for check in checks],
-    }
+    return Gap(
+        set=where,
+        num_requests=num_requests,
+        expected=expected,
+        in_process=in_process,
+        served=served,
+        served_interval=interval,
+        gap=number,
+        gap_to_in_process=of_server,
+        apart=max(abs(number), abs(of_server)) > APART,
+        advice=_advice(expected, of_training, of_server, interval, checks),
+        checks=list(checks),
+    )
 
 
 def _advice(

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import httpx
@@ -21,12 +21,13 @@ from tqdm import tqdm
 from specflow import files, http
 from specflow.bench.served import metrics
 from specflow.bench.served.client import Asking, Reply, Request, run_block
-from specflow.bench.served.gap import Check, check_template
+from specflow.bench.served.gap import check_template
 from specflow.bench.served.metrics import Block, ServedRecord
 from specflow.config import Family
 from specflow.config_bench import BenchServe
 from specflow.errors import UserError
 from specflow.paths import Paths
+from specflow.results.served import Check, Server, Servers, Side
 from specflow.resume import code_digest, versions
 from specflow.serving.engines import Launch, find_install
 from specflow.serving.family import child_server
@@ -36,7 +37,7 @@ from specflow.targets.model import TargetFacts
 ROUNDS = 4
 """Requests of each user in a block, at least: the end of a block, where fewer are in flight, must weigh little."""
 WARM_UP_TOKENS = 16
-SIDES = ("baseline", "draft")
+SIDES: tuple[Side, Side] = ("baseline", "draft")
 NO_PREFIX_CACHE = {"vllm": "--no-enable-prefix-caching", "sglang": "--disable-radix-cache"}
 """The same prompts come again and again: with a prefix cache only the first block would pay for them."""
 SPECULATIVE = ("--speculative", "--spec-", "--per-request-spec")
@@ -77,7 +78,7 @@ class Running:
     endpoint: Endpoint
     check: Callable[[], None]
     """Raises where it has ended by itself."""
-    about: dict[str, Any] = field(default_factory=dict)
+    about: Server
 
 
 def check_possible(family: Family, name: str, paths: Paths, serve: BenchServe) -> None:
@@ -114,7 +115,7 @@ def refuse_synthetic(words: Sequence[str], environment: dict[str, str]) -> None:
         )
 
 
-def measure(plan: Plan, log: files.RowLog) -> tuple[list[Block], dict[str, dict[str, Any]], Check]:
+def measure(plan: Plan, log: files.RowLog) -> tuple[list[Block], Servers, Check]:
     """All blocks, what is known of each server, and what the server with the draft renders as a prompt.
 
     `log` holds finished blocks by id. Raises UserError where the servers' builds or flags differ, or nothing works.
@@ -142,9 +143,9 @@ def measure(plan: Plan, log: files.RowLog) -> tuple[list[Block], dict[str, dict[
         for repeat in range(plan.serve.repeats)
         for engine in SIDES
     ]
-    about = {engine: log.rows[f"server/{engine}"]["about"] for engine in SIDES}
-    check_pair(about["baseline"], about["draft"])
-    return blocks, about, Check(**log.rows["template"]["check"])
+    baseline, draft = (Server.model_validate(log.rows[f"server/{engine}"]["about"]) for engine in SIDES)
+    check_pair(baseline, draft)
+    return blocks, Servers(baseline=baseline, draft=draft), Check(**log.rows["template"]["check"])
 
 
 def _refuse_useless(block: Block) -> None:
@@ -158,7 +159,7 @@ def _refuse_useless(block: Block) -> None:
 
 
 def _switch(
-    stack: contextlib.ExitStack, running: dict[str, Running], engine: str, plan: Plan, log: files.RowLog
+    stack: contextlib.ExitStack, running: dict[str, Running], engine: Side, plan: Plan, log: files.RowLog
 ) -> Running:
     """The server of `engine`, started where it does not run yet; the other one is stopped before."""
     if engine not in running:
@@ -175,24 +176,24 @@ def _switch(
     return running[engine]
 
 
-def _refuse_other_build(engine: str, about: dict[str, Any], log: files.RowLog) -> None:
+def _refuse_other_build(engine: Side, about: Server, log: files.RowLog) -> None:
     """Hold a server against those that ran before it, the other side's and those of a run that was killed."""
     for side in SIDES:
         known = log.rows.get(f"server/{side}")
         if known is not None:
-            check_pair(known["about"], about)
+            check_pair(Server.model_validate(known["about"]), about)
     if f"server/{engine}" not in log.rows:
-        log.append({"id": f"server/{engine}", "about": about})
+        log.append({"id": f"server/{engine}", "about": about.to_json()})
 
 
-def check_pair(one: dict[str, Any], other: dict[str, Any]) -> None:
+def check_pair(one: Server, other: Server) -> None:
     """Raise UserError unless two servers are of one build and started with the same flags, speculation aside."""
-    if one["version"] != other["version"]:
+    if one.version != other.version:
         raise UserError(
-            f"the servers are of different builds, {one['version']} and {other['version']}: compare the same build"
+            f"the servers are of different builds, {one.version} and {other.version}: compare the same build"
         )
-    if one["flags"] != other["flags"]:
-        here, there = (dict(side["flags"]) for side in (one, other))
+    if one.flags != other.flags:
+        here, there = (dict(side.flags) for side in (one, other))
         apart = sorted(key for key in {*here, *there} if here.get(key) != there.get(key))
         raise UserError(
             f"the servers were started with different flags ({', '.join(apart)}): only those of speculation may differ"
@@ -200,7 +201,7 @@ def check_pair(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _server(engine: str, plan: Plan) -> Iterator[Running]:
+def _server(engine: Side, plan: Plan) -> Iterator[Running]:
     serve, kind = plan.family.serve, plan.serve.engine
     needed = max(len(request.prompt) for request in plan.requests) + plan.family.bench.max_new_tokens
     url = plan.serve.baseline_url if engine == "baseline" else plan.serve.draft_url
@@ -227,31 +228,36 @@ def _server(engine: str, plan: Plan) -> Iterator[Running]:
         edit=benchmarked,
     ) as server:
         check_context(server.endpoint, needed)
-        about = describe(server.endpoint, kind, started[0])
         on_cpu = find_install(kind, serve, plan.paths.cache).on_cpu
-        about["num_gpus"] = None if on_cpu else serve.tensor_parallel_size * serve.data_parallel_size
-        about["dtype"] = serve.dtype or plan.facts.dtype
+        num_gpus = None if on_cpu else serve.tensor_parallel_size * serve.data_parallel_size
+        about = describe(server.endpoint, kind, started[0])
+        about = about.changed(num_gpus=num_gpus, dtype=serve.dtype or plan.facts.dtype)
         yield Running(server.endpoint, server.check, about)
 
 
-def describe(endpoint: Endpoint, kind: str, launch: Launch | None) -> dict[str, Any]:
+def describe(endpoint: Endpoint, kind: str, launch: Launch | None) -> Server:
     """Version, flags without those of speculation, command and, of SGLang, K as it counts it (less the root)."""
-    about: dict[str, Any] = {"url": None if launch else endpoint.url, "num_gpus": None, "dtype": None, "k": None}
-    if kind == "sglang":
+    dtype, k = None, None
+    if kind != "sglang":
+        version = (_get(endpoint, "/version") or {}).get("version")
+        flags = [("max_model_len", str(endpoint.max_model_len))]
+    else:
         info = _get(endpoint, "/get_server_info") or _get(endpoint, "/server_info") or {}
-        about |= {"version": info.get("version"), "dtype": info.get("dtype")}
+        version, dtype = info.get("version"), info.get("dtype")
         if info.get("speculative_num_draft_tokens"):
-            about["k"] = int(info["speculative_num_draft_tokens"]) - 1
+            k = int(info["speculative_num_draft_tokens"]) - 1
         told = {key: value for key, value in info.items() if not isinstance(value, (list, dict))}
         told = {key: value for key, value in told.items() if not key.startswith(("speculative", "port", "nccl_port"))}
-        about["flags"] = sorted((key, str(value)) for key, value in told.items())
-    else:
-        about |= {"version": (_get(endpoint, "/version") or {}).get("version")}
-        about["flags"] = [("max_model_len", str(endpoint.max_model_len))]
-    if launch is not None:
-        about |= {"command": _without_keys(launch), "flags": plain_flags(launch)}
-    about["flags"] = [list(pair) for pair in about["flags"]]  # as JSON gives them back
-    return about
+        flags = sorted((key, str(value)) for key, value in told.items())
+    return Server(
+        url=None if launch else endpoint.url,
+        num_gpus=None,
+        dtype=dtype,
+        k=k,
+        version=version,
+        flags=plain_flags(launch) if launch else flags,
+        command=_without_keys(launch) if launch else None,
+    )
 
 
 def plain_flags(launch: Launch) -> list[tuple[str, str]]:
@@ -326,7 +332,7 @@ def _counters(endpoint: Endpoint) -> dict[str, float] | None:
     return last
 
 
-def _from_log(row: dict[str, Any], engine: str, concurrency: int, repeat: int, plan: Plan) -> Block:
+def _from_log(row: dict[str, Any], engine: Side, concurrency: int, repeat: int, plan: Plan) -> Block:
     count = len(plan.requests)
     rounds = passes(count, concurrency)
     records = [

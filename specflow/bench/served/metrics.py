@@ -22,8 +22,8 @@ import numpy as np
 from specflow.bench.statistics import metrics
 from specflow.bench.statistics.records import Record, paired
 from specflow.errors import UserError
+from specflow.results.served import Level, Percentiles, ServedAcceptance, Side, SideResult
 
-PERCENTILES = (50, 90, 99)
 COUNTERS = {
     "vllm:spec_decode_num_drafts_total": "num_steps",
     "vllm:spec_decode_num_draft_tokens_total": "num_drafted",
@@ -121,7 +121,7 @@ class ServedRecord:
 class Block:
     """All requests of one server at one concurrency, once through."""
 
-    engine: str
+    engine: Side
     concurrency: int
     repeat: int
     wall_s: float
@@ -139,16 +139,17 @@ def percentile(values: Sequence[float], rank: float) -> float | None:
     return float(np.percentile(values, rank, method="linear")) if values else None
 
 
-def latencies(values: Sequence[float]) -> dict[str, float | None]:
+def latencies(values: Sequence[float]) -> Percentiles:
     """Percentiles in milliseconds of values in seconds."""
-    return {f"p{rank}": _ms(percentile(values, rank)) for rank in PERCENTILES}
+    p50, p90, p99 = (_ms(percentile(values, rank)) for rank in (50, 90, 99))
+    return Percentiles(p50=p50, p90=p90, p99=p99)
 
 
 def _ms(seconds: float | None) -> float | None:
     return None if seconds is None else 1e3 * seconds
 
 
-def side(blocks: Sequence[Block], num_gpus: int | None) -> dict[str, Any]:
+def side(blocks: Sequence[Block], num_gpus: int | None) -> SideResult:
     """Speed of one server at one concurrency over its blocks; failed requests give no token and no latency."""
     records = [record for block in blocks for record in block.answered]
     seconds = sum(block.wall_s for block in blocks)
@@ -156,41 +157,41 @@ def side(blocks: Sequence[Block], num_gpus: int | None) -> dict[str, Any]:
     tpots = [record.tpot_s for record in records if record.tpot_s is not None]
     gaps = [later - now for r in records for now, later in pairwise(r.chunk_s)]
     tok_s = num_tokens / seconds if seconds > 0 else 0.0
-    return {
-        "num_requests": sum(len(block.records) for block in blocks),
-        "num_errors": sum(len(block.records) - len(block.answered) for block in blocks),
-        "num_tokens": num_tokens,
-        "seconds": seconds,
-        "tok_s": tok_s,
-        "tok_s_per_gpu": tok_s / num_gpus if num_gpus else None,
-        "user_tok_s": float(np.mean([1 / tpot for tpot in tpots if tpot > 0])) if any(tpots) else None,
-        "ttft_ms": latencies([record.ttft_s for record in records]),
-        "tpot_ms": latencies(tpots),
-        "itl_ms": latencies(gaps),
-        "e2e_ms": latencies([record.e2e_s for record in records]),
-    }
+    return SideResult(
+        num_requests=sum(len(block.records) for block in blocks),
+        num_errors=sum(len(block.records) - len(block.answered) for block in blocks),
+        num_tokens=num_tokens,
+        seconds=seconds,
+        tok_s=tok_s,
+        tok_s_per_gpu=tok_s / num_gpus if num_gpus else None,
+        user_tok_s=float(np.mean([1 / tpot for tpot in tpots if tpot > 0])) if any(tpots) else None,
+        ttft_ms=latencies([record.ttft_s for record in records]),
+        tpot_ms=latencies(tpots),
+        itl_ms=latencies(gaps),
+        e2e_ms=latencies([record.e2e_s for record in records]),
+    )
 
 
-def acceptance(blocks: Sequence[Block], num_speculative_tokens: int) -> dict[str, Any] | None:
+def acceptance(blocks: Sequence[Block], num_speculative_tokens: int) -> ServedAcceptance | None:
     """Acceptance of the draft's blocks: from each request's own steps, else from the differenced counters."""
     records = [record for block in blocks for record in block.answered]
     if records and all(record.steps is not None and record.token_ids is not None for record in records):
         found = metrics.acceptance([record.as_record() for record in records], num_speculative_tokens)
-        return {
-            "from": "requests",
-            "length": found.length,
-            "macro_length": found.macro_length,
-            "survival": found.survival,
-            "conditional": found.conditional,
-            "histogram": {str(length): count for length, count in found.histogram.items()},
-            "num_steps": found.num_steps,
-            "num_drafted": found.num_drafted,
-            "num_accepted": found.num_accepted,
-        }
+        return ServedAcceptance(
+            source="requests",
+            length=found.length,
+            macro_length=found.macro_length,
+            survival=found.survival,
+            conditional=found.conditional,
+            histogram=found.histogram,
+            num_steps=found.num_steps,
+            num_drafted=found.num_drafted,
+            num_accepted=found.num_accepted,
+        )
     counted = [block.counters for block in blocks]
     if not counted or any(not counters for counters in counted):
         return None
-    return {"from": "counters", **of_counters(summed([c for c in counted if c]), num_speculative_tokens)}
+    return of_counters(summed([c for c in counted if c]), num_speculative_tokens)
 
 
 def summed(counters: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -201,7 +202,7 @@ def summed(counters: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return dict(total)
 
 
-def of_counters(counters: Mapping[str, float], num_speculative_tokens: int) -> dict[str, Any]:
+def of_counters(counters: Mapping[str, float], num_speculative_tokens: int) -> ServedAcceptance:
     """Acceptance of counters that were differenced: what can be said without the single requests."""
     steps = counters["num_steps"]
     survival = [counters.get(f"accepted_at_{i}", 0.0) / steps if steps else 0.0 for i in range(num_speculative_tokens)]
@@ -211,16 +212,17 @@ def of_counters(counters: Mapping[str, float], num_speculative_tokens: int) -> d
             f"the server's counters give an acceptance length of {length:.4f} and survival rates {survival} for K = "
             f"{num_speculative_tokens}, which do not belong together: does it draft another number of tokens?"
         )
-    return {
-        "length": length,
-        "macro_length": None,
-        "survival": survival,
-        "conditional": metrics.conditional_of(survival),
-        "histogram": None,
-        "num_steps": int(steps),
-        "num_drafted": int(counters["num_drafted"]),
-        "num_accepted": int(counters["num_accepted"]),
-    }
+    return ServedAcceptance(
+        source="counters",
+        length=length,
+        macro_length=None,
+        survival=survival,
+        conditional=metrics.conditional_of(survival),
+        histogram=None,
+        num_steps=int(steps),
+        num_drafted=int(counters["num_drafted"]),
+        num_accepted=int(counters["num_accepted"]),
+    )
 
 
 def parse_counters(text: str) -> dict[str, float] | None:
@@ -299,29 +301,24 @@ def _steps_of(histogram: Sequence[int], drafted: int) -> list[list[int]]:
     return [[drafted, accepted] for accepted, count in enumerate(histogram) for _ in range(count)]
 
 
-def level(
-    blocks: Sequence[Block], num_speculative_tokens: int, *, greedy: bool, num_gpus: int | None
-) -> dict[str, Any]:
+def level(blocks: Sequence[Block], num_speculative_tokens: int, *, greedy: bool, num_gpus: int | None) -> Level:
     """Everything about one concurrency; `blocks` are those of both servers at it."""
     baseline, draft = ([block for block in blocks if block.engine == engine] for engine in ("baseline", "draft"))
     plain, drafted = side(baseline, num_gpus), side(draft, num_gpus)
     by_repeat = [
-        _ratio(side([d], None)["tok_s"], side([b], None)["tok_s"])
-        for b in baseline
-        for d in draft
-        if b.repeat == d.repeat
+        _ratio(side([d], None).tok_s, side([b], None).tok_s) for b in baseline for d in draft if b.repeat == d.repeat
     ]
     rate, first = metrics.losslessness(paired(_records(baseline), _records(draft)))
-    return {
-        "concurrency": blocks[0].concurrency,
-        "baseline": plain,
-        "draft": drafted,
-        "speedup": _ratio(drafted["tok_s"], plain["tok_s"]),
-        "speedup_range": [min(by_repeat), max(by_repeat)],
-        "acceptance": acceptance(draft, num_speculative_tokens),
-        "lossless_rate": rate if greedy else None,
-        "first_divergence": first if greedy else None,
-    }
+    return Level(
+        concurrency=blocks[0].concurrency,
+        baseline=plain,
+        draft=drafted,
+        speedup=_ratio(drafted.tok_s, plain.tok_s),
+        speedup_range=(min(by_repeat), max(by_repeat)),
+        acceptance=acceptance(draft, num_speculative_tokens),
+        lossless_rate=rate if greedy else None,
+        first_divergence=first if greedy else None,
+    )
 
 
 def _records(blocks: Sequence[Block]) -> list[Record]:

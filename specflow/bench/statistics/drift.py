@@ -13,7 +13,6 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
@@ -21,30 +20,33 @@ from scipy.special import stdtrit
 from specflow.bench.statistics.intervals import LEVEL
 from specflow.bench.statistics.metrics import speedup, tok_s
 from specflow.bench.statistics.records import Record, paired
+from specflow.results.schema import Drift, Interval, RepeatSpeed
 
 
-def drift(baseline: Sequence[Record], engine: Sequence[Record]) -> dict[str, Any]:
+def drift(baseline: Sequence[Record], engine: Sequence[Record], *, most_at_once: int) -> Drift:
     """Drift of the target's own speed, and both speeds by repeat.
 
-    `baseline_per_hour`: relative change of its tokens per second in an hour; `baseline_change`: the same over the whole
-    run, `span_s`, with a 95 % interval. They are None where the records carry no times or nothing was repeated.
+    Changes are None where the records carry no times or nothing was repeated. `most_at_once`: the function's, of all
+    engines' records.
     """
     timed = [r for r in baseline if r.started_at > 0 and len(r.token_ids) > 0]
     span_s = max(r.started_at + r.total_s for r in timed) - min(r.started_at for r in timed) if timed else None
-    found: dict[str, Any] = {
-        "span_s": span_s,
-        "baseline_per_hour": None,
-        "baseline_change": None,
-        "baseline_change_ci": None,
-        "by_repeat": by_repeat(baseline, engine),
-    }
+    per_hour: float | None = None
+    change: float | None = None
+    interval: Interval | None = None
     line = log_speed_per_second(timed)
     if line is not None and span_s is not None:
         slope, half = line
-        found["baseline_per_hour"] = _grown(slope * 3600)
-        found["baseline_change"] = _grown(slope * span_s)
-        found["baseline_change_ci"] = [_grown((slope + side * half) * span_s) for side in (-1, 1)]
-    return found
+        per_hour, change = _grown(slope * 3600), _grown(slope * span_s)
+        interval = _grown((slope - half) * span_s), _grown((slope + half) * span_s)
+    return Drift(
+        span_s=span_s,
+        baseline_per_hour=per_hour,
+        baseline_change=change,
+        baseline_change_ci=interval,
+        by_repeat=by_repeat(baseline, engine),
+        most_at_once=most_at_once,
+    )
 
 
 def _grown(exponent: float) -> float:
@@ -75,14 +77,22 @@ def log_speed_per_second(records: Sequence[Record]) -> tuple[float, float] | Non
     return slope, float(stdtrit(freedom, (1 + LEVEL) / 2)) * error
 
 
-def by_repeat(baseline: Sequence[Record], engine: Sequence[Record]) -> list[dict[str, Any]]:
+def by_repeat(baseline: Sequence[Record], engine: Sequence[Record]) -> list[RepeatSpeed]:
     """Both speeds and the speedup of each repeat, over the pairs that it has."""
     rows = []
     for repeat in sorted({record.repeat for record in baseline}):
         pairs = paired([r for r in baseline if r.repeat == repeat], [r for r in engine if r.repeat == repeat])
         if pairs:
-            speeds = {"baseline_tok_s": tok_s([b for b, _ in pairs]), "tok_s": tok_s([e for _, e in pairs])}
-            rows.append({"repeat": repeat, "num_pairs": len(pairs), **speeds, "speedup": speedup(pairs)})
+            alone, drafted = tok_s([b for b, _ in pairs]), tok_s([e for _, e in pairs])
+            rows.append(
+                RepeatSpeed(
+                    repeat=repeat,
+                    num_pairs=len(pairs),
+                    baseline_tok_s=alone,
+                    tok_s=drafted,
+                    speedup=speedup(pairs),
+                )
+            )
     return rows
 
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from specflow.bench.statistics.records import Pair, Record
+from specflow.results.schema import Cost, Divergence
 
 
 @dataclass(frozen=True)
@@ -118,24 +118,25 @@ def decode_speedup(pairs: Sequence[Pair]) -> float | None:
     return decode_tok_s([e for _, e in pairs]) / base if base > 0 else None
 
 
-def losslessness(pairs: Sequence[Pair]) -> tuple[float, dict[str, Any] | None]:
+def losslessness(pairs: Sequence[Pair]) -> tuple[float, Divergence | None]:
     """Share of pairs with identical token ids, and where the first other one parts from the baseline."""
-    same, first = 0, None
+    same = 0
+    first: Divergence | None = None
     for base, engine in pairs:
         if base.token_ids == engine.token_ids:
             same += 1
         elif first is None:
             position = divergence(base.token_ids, engine.token_ids)
-            first = {
-                "set": base.set,
-                "question_id": base.question_id,
-                "turn": base.turn,
-                "sample": base.sample,
-                "repeat": base.repeat,
-                "position": position,
-                "expected": base.token_ids[position] if position < len(base.token_ids) else None,
-                "got": engine.token_ids[position] if position < len(engine.token_ids) else None,
-            }
+            first = Divergence(
+                set=base.set,
+                question_id=base.question_id,
+                turn=base.turn,
+                sample=base.sample,
+                repeat=base.repeat,
+                position=position,
+                expected=base.token_ids[position] if position < len(base.token_ids) else None,
+                got=engine.token_ids[position] if position < len(engine.token_ids) else None,
+            )
     return same / len(pairs) if pairs else 1.0, first
 
 
@@ -150,13 +151,8 @@ def repeats_equal(records: Sequence[Record]) -> bool:
     return all(answers.setdefault(record.request, record.token_ids) == record.token_ids for record in records)
 
 
-def cost(
-    baseline: Sequence[Record], engine: Sequence[Record], acceptance_length: float | None
-) -> dict[str, float | None]:
-    """Milliseconds of a plain step, of a verification and of a proposal, and the decode speedup that they predict.
-
-    `outside_share`: what of the engine's decode time lies in no call of the target or of the draft. None: not known.
-    """
+def cost(baseline: Sequence[Record], engine: Sequence[Record], acceptance_length: float | None) -> Cost:
+    """Milliseconds of a plain step, of a verification and of a proposal, and the decode speedup that they predict."""
 
     def mean_ms(seconds: float, records: Sequence[Record]) -> float | None:
         steps = sum(len(r.steps) for r in records)
@@ -168,10 +164,10 @@ def cost(
     if target is not None and verify is not None and draft is not None and acceptance_length is not None:
         predicted = acceptance_length * target / (draft + verify) if draft + verify > 0 else None
     decode_s, inside = sum(r.decode_s for r in engine), [r.model_s for r in engine if r.model_s is not None]
-    return {
-        "t_target_ms": target,
-        "t_verify_ms": verify,
-        "t_draft_ms": draft,
-        "predicted_speedup": predicted,
-        "outside_share": 1.0 - sum(inside) / decode_s if decode_s > 0 and len(inside) == len(engine) else None,
-    }
+    return Cost(
+        t_target_ms=target,
+        t_verify_ms=verify,
+        t_draft_ms=draft,
+        predicted_speedup=predicted,
+        outside_share=1.0 - sum(inside) / decode_s if decode_s > 0 and len(inside) == len(engine) else None,
+    )

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+from specflow import files
+from specflow.errors import UserError
 
 BASELINE, DRAFT = "baseline", "draft"
 
@@ -43,9 +47,9 @@ class Record:
     sample: int = 0
     """Which of a question's answers, each with its own seed and history."""
     started_at: float = 0.0
-    """Unix time at which the request began; 0 in records from before it was kept."""
+    """Unix time at which the request began; 0 where it is not known, as of a server's."""
     model_s: float | None = None
-    """Part of decode_s inside model calls; None in records from before it was measured, and of a server."""
+    """Part of decode_s inside model calls; None where it is not known, as of a server's."""
 
     def __post_init__(self) -> None:
         emitted = 1 + sum(accepted + 1 for _, accepted in self.steps) - self.num_cut
@@ -75,6 +79,19 @@ class Record:
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Record:
         return cls(**{name: value for name, value in row.items() if name != "id"})
+
+
+def read_records(file: Path, *, made_by: str) -> list[Record]:
+    """Raises UserError in one line for a file that is missing or damaged; `made_by` makes it."""
+    found = []
+    for number, row in enumerate(files.read_jsonl(file, what="benchmark records", made_by=made_by), 1):
+        try:
+            found.append(Record.from_json(row))
+        except (AssertionError, AttributeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"benchmark records {file}: row {number} is damaged ({error}): run `{made_by}` again"
+            ) from None
+    return found
 
 
 Pair = tuple[Record, Record]

@@ -13,9 +13,11 @@ import yaml
 from specflow.bench.command import benchmark
 from specflow.bench.options import num_workers
 from specflow.config import Params
+from specflow.config_bench import DynamicTree
 from specflow.errors import UserError
 from specflow.files import sha256_file
 from specflow.paths import Paths
+from specflow.results.schema import Summary, read_summary
 from tests.bench_project import make_bench_project, without_times
 from tests.toys import make_tiny_target
 
@@ -35,10 +37,13 @@ def project(made: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch) -> Path
     return made[1].root
 
 
-def bench(output: Path, family: str | None = "tiny", *, resume: bool = False, **options: Any) -> dict[str, Any]:
-    """The summary."""
+def bench(output: Path, family: str | None = "tiny", *, resume: bool = False, **options: Any) -> Summary:
     benchmark(family, PARAMS, output, options, resume=resume)
-    return dict(json.loads((output / "summary.json").read_text()))
+    return summary_in(output)
+
+
+def summary_in(folder: Path) -> Summary:
+    return read_summary(folder / "summary.json", made_by="the test")
 
 
 def rows_of(output: Path) -> list[dict[str, Any]]:
@@ -55,17 +60,17 @@ def test_a_family_with_a_tree_changes_no_artifact(project: Path, tmp_path: Path)
     lines = benchmark("tiny", PARAMS, output, options, resume=False)
     assert artifacts(project) == before
     assert sorted(file.name for file in output.iterdir()) == ["job.json", "records.jsonl", "summary.json"]
-    summary = json.loads((output / "summary.json").read_text())
-    assert summary["tree"] == {"total_token": 8, "depth": 3, "top_k": 3} and summary["num_speculative_tokens"] == 3
-    assert summary["sweep"] == [] and summary["overall"]["lossless"] is True
-    assert set(summary["overall"]["references"]) == {"lookup", "oracle", "null"}
-    assert summary["overall"]["references"]["oracle"]["acceptance_length"] > 2.5  # 11 tokens in 3 steps of 4
-    assert summary["overall"]["references"]["null"]["acceptance_length"] == 1.0
+    summary = summary_in(output)
+    assert summary.tree == DynamicTree(total_token=8, depth=3, top_k=3) and summary.num_speculative_tokens == 3
+    assert summary.sweep == [] and summary.overall.lossless is True
+    assert set(summary.overall.references) == {"lookup", "oracle", "null"}
+    assert summary.overall.references["oracle"].acceptance_length > 2.5  # 11 tokens in 3 steps of 4
+    assert summary.overall.references["null"].acceptance_length == 1.0
     drafted = {step[0] for row in rows_of(output) if row["engine"] == "draft" for step in row["steps"]}
     assert drafted == {7}
     job = json.loads((output / "job.json").read_text())
     assert job["bench"]["tree"]["total_token"] == 8 and set(job["digests"]) >= {"draft", "prompts.questions"}
-    assert lines[0] == summary["verdict"] and any("a tree of 8 tokens, depth 3, top-k 3" in line for line in lines)
+    assert lines[0] == summary.verdict and any("a tree of 8 tokens, depth 3, top-k 3" in line for line in lines)
     assert any(line.startswith("oracle") for line in lines) and lines[-1].endswith(f"{output}/")
 
 
@@ -78,15 +83,15 @@ def test_without_a_project(made: tuple[Params, Paths], tmp_path: Path, monkeypat
     options = {**QUICK, "target": str(root / "target"), "prompts": (str(tmp_path / "own.jsonl"),)}
     del options["num_prompts"]
     summary = bench(tmp_path / "x", None, draft=made[1].export / "eagle3", **options)
-    assert summary["family"] == "target" and list(summary["sets"]) == ["own"]
-    assert summary["num_speculative_tokens"] == 3 and summary["overall"]["lossless"] is True
-    assert any("plain EAGLE-3 form" in note for note in summary["notes"])
+    assert summary.family == "target" and list(summary.sets) == ["own"]
+    assert summary.num_speculative_tokens == 3 and summary.overall.lossless is True
+    assert any("plain EAGLE-3 form" in note for note in summary.notes)
     with pytest.raises(UserError, match="no draft: give --draft FOLDER or --assistant"):
         bench(tmp_path / "y", None, **options)
     with pytest.raises(UserError, match="K auto is chosen on a family's held-out prompts"):
         bench(tmp_path / "y", None, draft=made[1].export / "eagle3", num_speculative_tokens="auto", **options)
     assert not (tmp_path / "y").exists()
-    assert bench(tmp_path / "z", None, mode="baseline", **options)["overall"]["speedup"] is None
+    assert bench(tmp_path / "z", None, mode="baseline", **options).overall.speedup is None
 
 
 def test_an_independent_model_drafts(project: Path, tmp_path: Path) -> None:
@@ -95,10 +100,10 @@ def test_an_independent_model_drafts(project: Path, tmp_path: Path) -> None:
     alone = bench(
         tmp_path / "x", None, target=target, assistant=target, prompts=("questions",), num_speculative_tokens=2, **QUICK
     )
-    assert alone["overall"]["acceptance_length"] > 2.9 and alone["overall"]["lossless"] is True
+    assert alone.overall.acceptance_length > 2.9 and alone.overall.lossless is True
     beside = bench(tmp_path / "y", assistant=target, num_speculative_tokens=2, **QUICK)
-    assert beside["overall"]["references"]["assistant"]["acceptance_length"] > 2.9
-    assert beside["overall"]["acceptance_length"] < 1.5
+    assert beside.overall.references["assistant"].acceptance_length > 2.9
+    assert beside.overall.acceptance_length < 1.5
     with pytest.raises(UserError, match="an independent model drafts a chain"):
         tree = {"total_token": 8, "depth": 3, "tree_top_k": 3}
         bench(tmp_path / "z", None, target=target, assistant=target, prompts=("questions",), **tree, **QUICK)
@@ -113,8 +118,8 @@ def test_one_side_claims_no_speedup(project: Path, tmp_path: Path) -> None:
     assert {row["engine"] for row in rows_of(tmp_path / "b")} == {"baseline"}
     assert {row["engine"] for row in rows_of(tmp_path / "d")} == {"draft"}
     for folder in ("b", "d"):
-        overall = json.loads((tmp_path / folder / "summary.json").read_text())["overall"]
-        assert overall["speedup"] is overall["speedup_ci"] is overall["lossless"] is None
+        overall = summary_in(tmp_path / folder).overall
+        assert overall.speedup is overall.speedup_ci is overall.lossless is None
     # both answer the same questions, and greedily they say the same
     answers = [{row["id"].rpartition("/")[0]: row["token_ids"] for row in rows_of(tmp_path / f)} for f in ("b", "d")]
     assert answers[0] == answers[1]
@@ -129,7 +134,7 @@ def test_samples_have_seeds_and_histories_of_their_own(project: Path, tmp_path: 
     assert len(first) == len(second) == 3
     assert len({str(row["token_ids"]) for row in first.values()}) > 1
     assert len({row["num_prompt_tokens"] for row in first.values()}) == 1
-    assert summary["overall"]["lossless"] is None and set(summary["overall"]["by_sample"]) == {"0", "1", "2"}
+    assert summary.overall.lossless is None and set(summary.overall.by_sample) == {0, 1, 2}
     # a later turn has the answer to the same sample before it: all engines and repeats share that prompt
     lengths: dict[tuple[str, int, int], set[int]] = {}
     for row in rows_of(tmp_path / "x"):
@@ -139,8 +144,8 @@ def test_samples_have_seeds_and_histories_of_their_own(project: Path, tmp_path: 
 
 def test_batches(project: Path, tmp_path: Path) -> None:
     summary = bench(tmp_path / "x", batch_size=(2, 1), num_speculative_tokens=2, **QUICK)
-    assert [row["batch_size"] for row in summary["batch"]] == [1, 2]
-    assert all(row["lossless_rate"] == 1.0 and row["tok_s"] > 0 for row in summary["batch"])
+    assert [row.batch_size for row in summary.batch] == [1, 2]
+    assert all(row.lossless_rate == 1.0 and row.tok_s > 0 for row in summary.batch)
 
 
 def test_question_range(project: Path, tmp_path: Path) -> None:
@@ -194,7 +199,7 @@ def test_another_machine_does_not_go_on(project: Path, tmp_path: Path, monkeypat
     options = {**QUICK, "num_speculative_tokens": 2, "prompts": ("questions",)}
     known = measuring.identity
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(measuring, "identity", lambda *a: {**known(*a), "cpu": "Some CPU"})
+        elsewhere.setattr(measuring, "identity", lambda *a: known(*a).changed(cpu="Some CPU"))
         elsewhere.setattr(measuring.Work, "records", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             bench(tmp_path / "x", **options)
@@ -286,8 +291,8 @@ def test_the_family_may_have_a_tree(project: Path, tmp_path: Path) -> None:
     benchmark("tiny", other, tmp_path / "x", QUICK, resume=False)
     benchmark("tiny", other, tmp_path / "y", {**QUICK, "num_speculative_tokens": 2}, resume=False)
     found = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("x", "y")]
-    assert [summary["tree"] for summary in found] == [{"branches": [[0], [1], [0, 0]]}, None]
-    assert [summary["num_speculative_tokens"] for summary in found] == [2, 2]
+    assert [summary.tree for summary in found] == [{"branches": [[0], [1], [0, 0]]}, None]
+    assert [summary.num_speculative_tokens for summary in found] == [2, 2]
 
 
 def test_gpus_are_shared_out_to_workers(machine: object, project: Path) -> None:

@@ -15,6 +15,7 @@ from specflow.config_bench import Bench
 from specflow.errors import UserError
 from specflow.files import write_jsonl
 from specflow.paths import Paths
+from specflow.results.schema import Summary, family_summary
 from specflow.sharding.shares import MERGE, Share
 from tests.bench_project import make_bench_project, without_times
 
@@ -31,28 +32,28 @@ def family_of(project: Project, **changes: Any) -> Family:
     return family.model_copy(update={"bench": Bench.model_validate({**family.bench.model_dump(), **changes})})
 
 
-def run(project: Project, **changes: Any) -> tuple[dict[str, float], dict[str, Any]]:
+def run(project: Project, **changes: Any) -> tuple[dict[str, float], Summary]:
     params, paths = project
     metrics = stage.run("tiny", family_of(project, **changes), params, paths, lambda values, step: None)
-    return metrics, json.loads((paths.bench / "summary.json").read_text())
+    return metrics, family_summary(paths)
 
 
 def test_summary_and_files(project: Project) -> None:
     metrics, summary = run(project)
     paths = project[1]
-    assert set(summary["sets"]) == {"questions", "heldout"}
-    assert summary["overall"]["lossless"] is True and summary["baseline_equals_stock"] is True
+    assert set(summary.sets) == {"questions", "heldout"}
+    assert summary.overall.lossless is True and summary.baseline_equals_stock is True
     # 2 questions of 2 turns and 2 held-out prompts of 1, 3 repeats of 2 engines and one of lookup, oracle and null
     records = [json.loads(line) for line in (paths.bench / "records.jsonl").read_text().splitlines()]
     assert len(records) == 6 * (3 * 2 + 3)
     assert len({record["id"] for record in records}) == len(records)
-    k = summary["num_speculative_tokens"]
-    assert [row["num_speculative_tokens"] for row in summary["sweep"]] == [1, 2]
-    assert summary["overall"]["acceptance_length"] == pytest.approx(1 + sum(summary["overall"]["survival"]))
+    k = summary.num_speculative_tokens
+    assert [point.num_speculative_tokens for point in summary.sweep] == [1, 2]
+    assert summary.overall.acceptance_length == pytest.approx(1 + sum(summary.overall.survival))
     assert len(json.loads(paths.plot("survival.json").read_text())) == 2 * k
-    assert metrics["speedup"] == summary["overall"]["speedup"] > 0
+    assert metrics["speedup"] == summary.overall.speedup
     assert {"questions.speedup", "heldout.acceptance_length", "t_verify_ms", "baseline_over_stock"} <= set(metrics)
-    assert summary["verdict"].startswith(("No conclusion", "Does not pay"))
+    assert summary.verdict.startswith(("No conclusion", "Does not pay"))
     assert not list(paths.state.rglob("bench.jsonl"))
 
 
@@ -75,7 +76,7 @@ def test_tuning_questions_are_never_benchmarked(project: Project) -> None:
 
 def test_sampling(project: Project) -> None:
     _, summary = run(project, temperature=0.8, num_speculative_tokens=2)
-    assert summary["overall"]["lossless"] is None is summary["baseline_equals_stock"] and summary["sweep"] == []
+    assert summary.overall.lossless is None is summary.baseline_equals_stock and summary.sweep == []
 
 
 def test_killed_run_keeps_what_it_had(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +99,7 @@ def test_killed_run_keeps_what_it_had(project: Project, monkeypatch: pytest.Monk
     warm_up, other_rows = 5, 3  # load, stock, costs
     assert kept == 20 - warm_up + other_rows
     assert len(calls) == 6 * 9 - (kept - other_rows) + warm_up
-    assert summary["overall"]["num_requests"] == 6
+    assert summary.overall.num_requests == 6
 
 
 def test_prompt_longer_than_the_context(project: Project, tmp_path: Path) -> None:
@@ -122,7 +123,7 @@ def records_without_times(project: Project) -> list[dict[str, Any]]:
 def test_shares_put_together_are_the_same_records(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     params, paths = project
     changes = {"sweep": [2], "seed": 11}
-    measured = run(project, **changes)[1]["identity"]["draft_dtype"]
+    measured = run(project, **changes)[1].identity.draft_dtype
     whole = records_without_times(project)
     args = ("tiny", family_of(project, **changes), params, paths)
     with pytest.raises(UserError, match="3 rows are missing"):  # stock generate(), K, costs
@@ -138,9 +139,9 @@ def test_shares_put_together_are_the_same_records(project: Project, monkeypatch:
     monkeypatch.setattr(measuring, "_draft_dtype", lambda job, device: torch.float16)
     metrics = stage.run(*args, log, MERGE)
     assert records_without_times(project) == whole
-    summary = json.loads((paths.bench / "summary.json").read_text())
-    assert summary["overall"]["lossless"] is True and summary["identity"]["device"] == "cpu"
-    assert summary["identity"]["draft_dtype"] == measured != "float16"
+    summary = family_summary(paths)
+    assert summary.overall.lossless is True and summary.identity.device == "cpu"
+    assert summary.identity.draft_dtype == measured != "float16"
     assert metrics["num_speculative_tokens"] == 2 and metrics["stock_generate_tok_s"] > 0
     assert not list(paths.state.rglob("bench*.jsonl"))
 
@@ -151,7 +152,7 @@ def test_shares_of_different_machines_are_not_mixed(project: Project, monkeypatc
     args = ("tiny", family_of(project, **changes), params, paths)
     stage.run_share(*args, Share(0, 2))
     known = measuring.identity
-    monkeypatch.setattr(measuring, "identity", lambda *a: {**known(*a), "device": "another GPU"})
+    monkeypatch.setattr(measuring, "identity", lambda *a: known(*a).changed(device="another GPU"))
     stage.run_share(*args, Share(1, 2))
     with pytest.raises(UserError, match="shares of 2 kinds of machine"):
         stage.run(*args, lambda values, step: None, MERGE)

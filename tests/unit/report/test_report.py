@@ -13,14 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import vl_convert
+from jinja2 import UndefinedError
 
 from specflow import files
-from specflow.bench.statistics.records import Record
+from specflow.bench.statistics.records import BASELINE, DRAFT, Record
+from specflow.config_bench import DynamicTree, StaticTree
 from specflow.errors import UserError
-from specflow.pages.page import VEGA_LITE
+from specflow.pages.page import VEGA_LITE, environment
 from specflow.paths import Paths
 from specflow.report.stage import run_report
-from tests.measurements import make_records, make_summary, tuning, write_family
+from specflow.results.schema import Divergence, Summary, family_summary
+from tests import ROOT
+from tests.measurements import K, make_records, make_served, make_summary, tuning, write_family
+from tests.results import IDENTITY, changed, summary_from
 
 NO_PARAMS: Any = None
 """The report reads none."""
@@ -109,8 +114,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Paths:
 
 
 @pytest.fixture(scope="module")
-def summary(tiny: Paths) -> dict[str, Any]:
-    return dict(files.read_json(tiny.bench / "summary.json", what="summary", made_by="the fixture"))
+def summary(tiny: Paths) -> Summary:
+    return family_summary(tiny)
 
 
 @pytest.fixture(scope="module")
@@ -118,58 +123,51 @@ def page(tiny: Paths) -> Page:
     return Page(text_of(tiny, "tiny.html"))
 
 
-OPTIONAL = ("sweep", "batch", "cost_model", "accuracy", "drift", "tree", "notes")
-OPTIONAL += ("stock_generate_tok_s", "baseline_over_stock")
-
-
-def write_small(paths: Paths, **changes: Any) -> dict[str, Any]:
-    """A benchmark from before the optional parts were measured, sampled, without training, data or records on disk."""
-    small = make_summary(make_records(), family=paths.family)
-    for key in OPTIONAL:
-        del small[key]
-    for result in (small["overall"], *small["sets"].values()):
-        result["lossless"] = result["lossless_rate"] = None
-        for key in ("references", "by_turn", "by_sample", "acceptance_length_ci"):
-            del result[key]
-    files.write_json(paths.bench / "summary.json", small | changes)
+def write_small(paths: Paths, **changes: Any) -> Summary:
+    """A sampled benchmark of the two sides alone: nothing optional measured, no training, data or records on disk."""
+    records = [record for record in make_records() if record.engine in (BASELINE, DRAFT)]
+    identity = changed(IDENTITY, cpu="Some CPU <test>")
+    small = summary_from(
+        records, num_speculative_tokens=K, family=paths.family, identity=identity, settings={"temperature": 1.0}
+    )
+    small = changed(small, **changes)
+    files.write_json(paths.bench / "summary.json", small.to_json())
     files.write_json(paths.target, {"architecture": "LlamaForCausalLM", "num_parameters": 134515008})
     return small
 
 
-def test_the_verdict_comes_first_and_every_number_stands_in_a_table(
-    page: Page, summary: dict[str, Any], tiny: Paths
-) -> None:
-    verdict = " ".join(summary["verdict"].split())
+def test_the_verdict_comes_first_and_every_number_stands_in_a_table(page: Page, summary: Summary, tiny: Paths) -> None:
+    verdict = " ".join(summary.verdict.split())
     assert verdict in page.text and page.text.index(verdict) < page.text.index("Results")
-    for name, result in {**summary["sets"], "all sets": summary["overall"]}.items():
-        low, high = result["speedup_ci"]
+    for name, result in {**summary.sets, "all sets": summary.overall}.items():
+        low, high = result.speedup_ci
         cells = page.row(name)
-        expected = [f"{result['speedup']:.2f}x", f"{low:.2f} to {high:.2f}", f"{result['speedup_mean_of_ratios']:.2f}"]
-        assert cells[1:5] == [*expected, f"{result['acceptance_length']:.2f}"]
-        assert cells[6:9] == ["yes", f"{result['tok_s']:.1f}", f"{result['baseline_tok_s']:.1f}"]
-        rates = [f"{rate:.2f}" for rate in result["survival"]]
+        expected = [f"{result.speedup:.2f}x", f"{low:.2f} to {high:.2f}", f"{result.speedup_mean_of_ratios:.2f}"]
+        assert cells[1:5] == [*expected, f"{result.acceptance_length:.2f}"]
+        assert cells[6:9] == ["yes", f"{result.tok_s:.1f}", f"{result.baseline_tok_s:.1f}"]
+        rates = [f"{rate:.2f}" for rate in result.survival]
         assert any(row[0] == name and row[1:4] == rates for table in page.tables for row in table)
-    coding = summary["sets"]["human_eval"]["by_category"]["coding"]
-    assert page.row("coding")[1:4] == ["human_eval", f"{coding['acceptance_length']:.2f}", f"{coding['speedup']:.2f}x"]
+    coding = summary.sets["human_eval"].by_category["coding"]
+    assert page.row("coding")[1:4] == ["human_eval", f"{coding.acceptance_length:.2f}", f"{coding.speedup:.2f}x"]
     assert page.row("3, taken") == ["3, taken", "1.27x", "2.06", "60.0"]
     assert page.row("t_verify, ms")[1:] == ["20.1", "20.8", "23.5", "30.2", "43.9"]
     assert page.row("4", "1.14x") == ["4", "1.14x", "197.9", "174.1", "2.07", "93.0 %"]
     assert page.row("human_eval", "tests")[2:] == ["55.6 %", "66.7 %", "-11.1", "-25.0 to +0.0", "0, 1", "9"]
     assert "4 questions of mt_bench are over the context" in page.text
-    for repeat in summary["drift"]["by_repeat"]:
-        assert page.row(f"{repeat['repeat'] + 1}", f"{repeat['speedup']:.2f}x")[2] == f"{repeat['tok_s']:.1f}"
+    for repeat in summary.drift.by_repeat:
+        assert page.row(f"{repeat.repeat + 1}", f"{repeat.speedup:.2f}x")[2] == f"{repeat.tok_s:.1f}"
     markdown = text_of(tiny, "tiny.md")
-    overall = summary["overall"]
-    for text in (summary["verdict"], f"| {overall['speedup']:.2f} |", f"{overall['acceptance_length']:.2f}", "17 671"):
+    overall = summary.overall
+    for text in (summary.verdict, f"| {overall.speedup:.2f} |", f"{overall.acceptance_length:.2f}", "17 671"):
         assert text in markdown, text
 
 
-def test_reference_rows_say_what_a_step_costs(page: Page, summary: dict[str, Any]) -> None:
+def test_reference_rows_say_what_a_step_costs(page: Page, summary: Summary) -> None:
     """At batch 1 a step takes acceptance length / decode speedup plain steps: here 23.5 ms + 0.1 of 20.1 ms."""
     right, wrong = page.row("always right"), page.row("always wrong")
     assert [right[2], right[5]] == ["4.00", "yes"] and wrong[2] == "1.00"
-    references = summary["overall"]["references"]
-    assert right[1] == f"{references['oracle']['speedup']:.2f}x"
+    references = summary.overall.references
+    assert right[1] == f"{references['oracle'].speedup:.2f}x"
     assert float(right[3]) == pytest.approx(23.6 / 20.1, rel=0.05)
     assert float(page.row("the draft")[3]) == pytest.approx((23.6 + 3 * 1.2) / 20.1, rel=0.05)
 
@@ -185,9 +183,9 @@ def test_latency_percentiles_are_those_of_the_records(page: Page) -> None:
         assert page.row(f"{what}, with the draft")[1:] == [f"{ms:,.1f}".replace(",", " ") for ms in expected]
 
 
-def test_training_is_set_against_the_benchmark(page: Page, summary: dict[str, Any]) -> None:
+def test_training_is_set_against_the_benchmark(page: Page, summary: Summary) -> None:
     """Best evaluation: 1 + 0.83 * (1 - 1/16), and 1 + 0.5 + 0.22 + 0.09 over K = 3."""
-    measured = summary["sets"]["heldout"]["acceptance_length"]
+    measured = summary.sets["heldout"].acceptance_length
     for text in ("step 300", "1.78", "1.81", f"{measured:.2f}", f"{100 * (measured / 1.81 - 1):+.1f} %"):
         assert text in page.text, text
 
@@ -211,24 +209,24 @@ def test_charts_have_labels_and_stand_without_scripts(page: Page, tiny: Paths) -
     assert len(page.ids) == len(set(page.ids))
 
 
-def test_charts_are_drawn_from_the_summary(page: Page, summary: dict[str, Any]) -> None:
+def test_charts_are_drawn_from_the_summary(page: Page, summary: Summary) -> None:
     specs = {c["aria-label"].split(".")[0]: spec for c, spec in zip(page.charts, page.specs, strict=True)}
 
     def values(title: str) -> list[dict[str, Any]]:
         return [row for data in _datasets(specs[title]) for row in data]
 
     speeds = {(row["name"], row["engine"]): row for row in values("Speedup by prompt set") if "name" in row}
-    for name, result in summary["sets"].items():
+    for name, result in summary.sets.items():
         row = speeds[name, "with the draft"]
-        assert [row["value"], row["low"], row["high"]] == [result["speedup"], *result["speedup_ci"]]
-        assert speeds[name, "n-gram lookup"]["value"] == result["references"]["lookup"]["speedup"]
+        assert [row["value"], row["low"], row["high"]] == [result.speedup, *result.speedup_ci]
+        assert speeds[name, "n-gram lookup"]["value"] == result.references["lookup"].speedup
     curves = [row for row in values("Survival by position") if row.get("series") == "mt_bench"]
-    assert {row["x"]: row["y"] for row in curves} == dict(enumerate(summary["sets"]["mt_bench"]["survival"], 1))
+    assert {row["x"]: row["y"] for row in curves} == dict(enumerate(summary.sets["mt_bench"].survival, 1))
     parts = {row["part"]: row["value"] for row in values("Time per token") if "part" in row}
-    cost = summary["cost"]
-    step_ms = cost["t_draft_ms"] + cost["t_verify_ms"]
-    assert parts["drafting"] + parts["verifying"] == pytest.approx(step_ms / summary["overall"]["acceptance_length"])
-    assert parts["plain step"] == cost["t_target_ms"]
+    cost = summary.cost
+    step_ms = cost.t_draft_ms + cost.t_verify_ms
+    assert parts["drafting"] + parts["verifying"] == pytest.approx(step_ms / summary.overall.acceptance_length)
+    assert parts["plain step"] == cost.t_target_ms
 
 
 def test_legends_turn_series_on_and_off(page: Page) -> None:
@@ -272,22 +270,21 @@ def test_families_have_pages_of_their_own_and_one_across_them(paths: Paths) -> N
     ]
     found = Page(text_of(paths, "report.html"))
     for name, summary in made.items():
-        overall = summary["overall"]
-        assert found.row(name, "pays")[2] == f"{overall['speedup']:.2f}x" and summary["verdict"] in found.text
-        assert found.row(name, "mt_bench")[4] == f"{summary['sets']['mt_bench']['acceptance_length']:.2f}"
+        overall = summary.overall
+        assert found.row(name, "pays")[2] == f"{overall.speedup:.2f}x" and summary.verdict in found.text
+        assert found.row(name, "mt_bench")[4] == f"{summary.sets['mt_bench'].acceptance_length:.2f}"
         assert f"{name}.html" in found.anchors
-        assert summary["verdict"] in text_of(paths, "report.md")
+        assert summary.verdict in text_of(paths, "report.md")
         own = Page(text_of(paths, f"{name}.html"))
-        assert own.row("all sets")[1] == f"{overall['speedup']:.2f}x"
+        assert own.row("all sets")[1] == f"{overall.speedup:.2f}x"
         assert all(f"artifacts/{name}/" in anchor for anchor in own.anchors if anchor.startswith("../"))
-    assert made["tiny"]["verdict"] not in Page(text_of(paths, "wide.html")).text
+    assert made["tiny"].verdict not in Page(text_of(paths, "wide.html")).text
     assert "Not the same" not in found.text
 
 
 def test_unlike_conditions_are_said(paths: Paths) -> None:
     write_small(paths)
-    identity = make_summary(make_records())["identity"]
-    write_small(other("wide"), identity=identity | {"device": "H100"})
+    write_small(other("wide"), identity={"device": "H100"})
     run_report(NO_PARAMS, {"tiny": paths, "wide": other("wide")})
     assert "Not the same machine (tiny: Some CPU <test>" in Page(text_of(paths, "report.html")).text
 
@@ -298,22 +295,86 @@ def test_a_family_may_not_take_the_overviews_name(paths: Paths) -> None:
     assert not paths.report.exists()
 
 
+def test_every_part_of_every_page_is_written_from_the_schema(paths: Paths) -> None:
+    """Templates end in an error where they name what is not there: every section is rendered, none of them guards."""
+    summary = write_family(paths)
+    where = Divergence(set="mt_bench", question_id="q", turn=1, sample=0, repeat=2, position=5, expected=1, got=None)
+    lossy = changed(summary.overall, lossless=False, lossless_rate=0.9, first_divergence=where)
+    files.write_json(paths.bench / "summary.json", changed(summary, overall=lossy, drift={"most_at_once": 2}).to_json())
+    served = make_served()
+    files.write_json(paths.bench / "served.json", served.to_json())
+    files.write_json(paths.state / "tune" / "tune.json", tuning(str(summary.identity.draft_digest)))
+    gpu = {"seconds": 60.0, "gpu_seconds": 60.0, "gpu_joules": 7e3, "gpu_memory_peak_gb": 6.0}
+    files.write_json(paths.metrics("sample"), gpu | {"gpu_utilisation_mean": 0.8})
+    files.write_json(paths.metrics("export"), {"seconds": 2.0})
+    write_small(other("wide"), tree=StaticTree(branches=[[0], [0, 0]]))
+    run_report(NO_PARAMS, {"tiny": paths, "wide": other("wide")})
+    page = Page(text_of(paths, "tiny.html"))
+    titles = [chart["aria-label"].split(".")[0] for chart in page.charts]
+    drawn = ("Throughput by concurrency", "Per user against in all", "Time per output token by concurrency")
+    assert {*drawn, "Speedup by steps and branches"} <= set(titles)
+    for name in ("tiny.html", "tiny.md"):
+        text = " ".join(Page(text_of(paths, name)).text.split())
+        assert served.verdict in text and "made up too" in text and "50.0 %" in text and "1 of 24" in text, name
+    for text in (
+        "First divergence: mt_bench/q, turn 1, token 5",
+        "heldout/q7 from token 9 on",
+        "http://somewhere:8000",
+    ):
+        assert text in page.text, text
+    assert "Up to 2 requests were under way at once" in page.text and "vllm serve --speculative-config" in page.text
+    overview = Page(text_of(paths, "report.html"))
+    assert "about 1.5" in overview.row("tiny") and "static tree of 2 tokens, 3 deep" in overview.row("wide")
+
+
+@pytest.mark.parametrize("template", sorted((ROOT / "specflow").rglob("*.j2")), ids=lambda file: file.name)
+def test_no_template_asks_whether_a_field_exists(template: Path) -> None:
+    """What a schema promises is there; a guard would hide a field that was renamed. Figures are not promised."""
+    text = template.read_text(encoding="utf-8").replace("figures.get(", "").replace('coverage.get("eval")', "")
+    assert not re.findall(r"\.get\(|is (?:not )?defined|\|\s*default|default=", text)
+
+
+def test_a_renamed_field_ends_in_an_error(summary: Summary) -> None:
+    template = environment().from_string("{% if summary.overall.acceptance_len %}{% endif %}")
+    with pytest.raises(UndefinedError, match="acceptance_len"):
+        template.render(summary=summary)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda raw: raw | {"schema_version": 99}, r"summary\.json has schema version 99, this specflow reads 1: run"),
+        (lambda raw: {k: v for k, v in raw.items() if k != "schema_version"}, "has no schema version"),
+        (lambda raw: raw | {"overall": {**raw["overall"], "speedup": "fast"}}, r"is damaged \(overall\.speedup: "),
+        (lambda raw: {k: v for k, v in raw.items() if k != "drift"}, r"is damaged \(drift: Field required\)"),
+        (lambda raw: raw | {"speed": 1}, r"is damaged \(speed: Extra inputs"),
+        (lambda raw: [raw], "has no schema version"),
+    ],
+)
+def test_another_or_a_damaged_summary_names_the_stage(paths: Paths, damage: Any, message: str) -> None:
+    raw = write_small(paths).to_json()
+    files.write_json(paths.bench / "summary.json", damage(raw))
+    with pytest.raises(UserError, match=message) as caught:
+        run_report(NO_PARAMS, {"tiny": paths})
+    assert "dvc repro bench@tiny" in str(caught.value) and "\n" not in str(caught.value)
+    assert not Path(paths.report).exists()
+
+
 def test_optional_parts_may_be_missing(paths: Paths) -> None:
     write_small(paths)
     run_report(NO_PARAMS, {"tiny": paths})
     found = Page(text_of(paths, "tiny.html"))
     assert len(found.charts) == 5 and "sampled" in found.text
-    for word in ("n-gram", "generate()", "Latency of a request", "What bounds it", "Accuracy", "Steadiness"):
+    for word in ("n-gram", "generate()", "Latency of a request", "What bounds it", "Accuracy"):
         assert word not in found.text, word
     assert {anchor[1:] for anchor in found.anchors if anchor.startswith("#")} <= set(found.ids)
     assert text_of(paths, "tiny.md") and text_of(paths, "report.md")
 
 
 def test_a_tree_is_named_and_lossy_output_marked(paths: Paths) -> None:
-    made = write_small(paths)
-    made |= {"tree": {"total_token": 16, "depth": 3, "top_k": 4}}
-    made["sets"]["mt_bench"]["lossless"] = False
-    files.write_json(paths.bench / "summary.json", made)
+    made = write_small(paths, tree=DynamicTree(total_token=16, depth=3, top_k=4))
+    made = changed(made, sets={**made.sets, "mt_bench": changed(made.sets["mt_bench"], lossless=False)})
+    files.write_json(paths.bench / "summary.json", made.to_json())
     run_report(NO_PARAMS, {"tiny": paths})
     assert "tree of at most 15 tokens, 3 deep, 4 branches a level" in Page(text_of(paths, "tiny.html")).text
     assert '<td class="bad">NO</td>' in text_of(paths, "tiny.html")
@@ -323,7 +384,7 @@ def test_a_tuning_of_this_draft_is_shown_and_of_another_one_is_not(paths: Paths)
     """A line for each number of branches, the fastest number of draft tokens at each depth; no cut heads."""
     small = write_small(paths)
     write_small(other("wide"))
-    digest = small["identity"]["draft_digest"]
+    digest = str(small.identity.draft_digest)
     files.write_json(paths.state / "tune" / "tune.json", tuning(digest))
     files.write_json(other("wide").state / "tune" / "tune.json", tuning("of another draft"))
     run_report(NO_PARAMS, {"tiny": paths, "wide": other("wide")})
@@ -341,7 +402,7 @@ def test_a_side_that_did_not_run_leaves_a_dash(paths: Paths) -> None:
     """`--mode draft` has no target alone: no speedup, and no picture of it."""
     records = [record for record in make_records() if record.engine == "draft"]
     write_small(paths)
-    files.write_json(paths.bench / "summary.json", make_summary(records))
+    files.write_json(paths.bench / "summary.json", make_summary(records).to_json())
     files.write_jsonl(paths.bench / "records.jsonl", (Record.to_json(record) for record in records))
     run_report(NO_PARAMS, {"tiny": paths})
     found = Page(text_of(paths, "tiny.html"))

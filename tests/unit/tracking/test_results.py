@@ -7,36 +7,50 @@ from typing import Any
 import pytest
 
 from specflow import files
-from specflow.bench.statistics.summary import summary_of
-from specflow.files import sha256_json
+from specflow.config_bench import DynamicTree, StaticTree
 from specflow.paths import Paths
 from specflow.project import family_table
+from specflow.results.schema import Accuracy, BatchRow, Summary
 from specflow.tracking import results
 from tests.bench_records import benchmark, record
 from tests.evidence import make_records, make_summary
+from tests.results import changed, summary_from
 
 
 @pytest.fixture
-def summary() -> dict[str, Any]:
+def summary() -> Summary:
     records = benchmark(0.5, k=6, slower=0.05)
     for q in range(6):
         where: dict[str, Any] = {"question": f"q{q}", "repeat": 1, "started_at": 1e9}
         pace = (1 + 0.01 * q) / 0.95
         records.append(record([3, 3, 1], engine="oracle", seconds=0.25 * pace, **where))
         records.append(record([0] * 10, engine="lookup", seconds=1.25 * pace, **where))
-    tree = {"total_token": 7, "depth": 3, "top_k": 2}
-    return {
-        "tree": tree,
-        "num_speculative_tokens": 3,
-        **summary_of(records, num_speculative_tokens=3, greedy=True, tree=tree),
-        "accuracy": {"gsm8k": {"baseline": 0.5, "draft": 0.25, "difference": -0.25, "num_questions": 4}},
-        "batch": [{"batch_size": 4, "tok_s": 99.0, "speedup": 1.5, "acceptance_length": 2.5}],
-    }
+    rights = {"baseline": 0.5, "draft": 0.25, "difference": -0.25, "difference_ci": None}
+    counts = {"num_questions": 4, "num_answers": 4, "only_baseline_right": 1, "only_draft_right": 0}
+    return summary_from(
+        records,
+        num_speculative_tokens=3,
+        tree=DynamicTree(total_token=7, depth=3, top_k=2),
+        accuracy={"gsm8k": Accuracy(kind="final number", **rights, **counts, num_unreadable={}, num_length_limited={})},
+        batch=[
+            BatchRow(
+                batch_size=4,
+                num_requests=4,
+                num_speculative_tokens=3,
+                tok_s=99.0,
+                baseline_tok_s=66.0,
+                speedup=1.5,
+                acceptance_length=2.5,
+                lossless_rate=1.0,
+                first_divergence=None,
+            )
+        ],
+    )
 
 
-def test_names_of_what_not_every_benchmark_has(summary: dict[str, Any], tmp_path: Any) -> None:
+def test_names_of_what_not_every_benchmark_has(summary: Summary, tmp_path: Any) -> None:
     paths = Paths(root=tmp_path, family="tiny", cache=tmp_path)
-    files.write_json(paths.bench / "summary.json", summary)
+    files.write_json(paths.bench / "summary.json", summary.to_json())
     flat = {
         "t_draft_ms": 4.0,
         "lookup_speedup": 0.8,
@@ -58,7 +72,7 @@ def test_names_of_what_not_every_benchmark_has(summary: dict[str, Any], tmp_path
         "batch/4_tok_s": 99.0,
         "batch/4_acceptance_length": 2.5,
         "bench/drafted_per_step": 6.0,
-        "bench/drift": summary["drift"]["baseline_change"],
+        "bench/drift": summary.drift.baseline_change,
         "accept/length_low": 2.0,
     }
     assert {name: named.get(name) for name in expected} == pytest.approx(expected)
@@ -68,28 +82,25 @@ def test_names_of_what_not_every_benchmark_has(summary: dict[str, Any], tmp_path
     assert next(iter(named)) == "accept/length"
 
 
-def test_sampling_is_a_condition_and_its_absence_changes_no_digest() -> None:
+def test_what_was_asked_and_how_is_a_condition_and_how_often_is_not() -> None:
     summary = make_summary(make_records({"a": 2.0}))
-    old = results.conditions(summary)["bench_settings"]
-    assert old == sha256_json({**summary["settings"], "questions": {"questions": ["a"]}})[:12]
-    summary["settings"] |= {"top_p": 1.0, "top_k": 0, "num_samples": 1}
-    assert results.conditions(summary)["bench_settings"] == old
-    for change in ({"top_p": 0.9}, {"top_k": 20}, {"num_samples": 2}):
-        changed = {**summary, "settings": {**summary["settings"], **change}}
-        assert results.conditions(changed)["bench_settings"] != old
+    asked = results.conditions(summary)["bench_settings"]
+    for change in ({"top_p": 0.9}, {"top_k": 20}, {"num_samples": 2}, {"max_turns": 3}):
+        other = changed(summary, settings={"temperature": 1.0, **change})
+        assert results.conditions(other)["bench_settings"] != asked, change
+    for change in ({"repeats": 5}, {"stock_generate": False}, {"cost_tokens": []}):
+        assert results.conditions(changed(summary, settings=change))["bench_settings"] == asked, change
 
 
 def test_a_side_that_did_not_run_has_no_metrics(tmp_path: Any) -> None:
     paths = Paths(root=tmp_path, family="tiny", cache=tmp_path)
     alone = [r for r in benchmark(0.5) if r.engine == "draft"]
-    files.write_json(
-        paths.bench / "summary.json", summary_of(alone, num_speculative_tokens=3, greedy=True) | {"tree": None}
-    )
+    files.write_json(paths.bench / "summary.json", summary_from(alone, num_speculative_tokens=3).to_json())
     named = results.headline("bench", {}, paths)
     assert named["accept/length"] == 2.0 and not {name for name in named if "speedup" in name or "baseline" in name}
 
 
-def test_table_of_a_family(summary: dict[str, Any]) -> None:
+def test_table_of_a_family(summary: Summary) -> None:
     lines = family_table("tiny", summary).splitlines()
     assert lines[0] == "tiny, a dynamic tree of at most 6 nodes, 3 deep"
     cells = [[cell.strip() for cell in line.split("  ") if cell] for line in lines[2:5]]
@@ -99,7 +110,7 @@ def test_table_of_a_family(summary: dict[str, Any]) -> None:
     assert cells[0][5].startswith("1.95x [1.9") and cells[0][6] == "yes"
     assert [cells[1][0], cells[1][1], cells[1][4]] == ["n-gram lookup", "1.00", "0.80x [0.80, 0.80]"]
     assert [cells[2][0], cells[2][1], cells[2][4]] == ["always right", "3.33", "4.00x [4.00, 4.00]"]
-    assert lines[-1] == summary["verdict"]
-    static = {**summary, "tree": {"branches": [[0], [1], [0, 0]]}}
+    assert lines[-1] == summary.verdict
+    static = changed(summary, tree=StaticTree(branches=[[0], [1], [0, 0]]))
     assert "a static tree of at most 3 nodes, 3 deep" in family_table("tiny", static)
-    assert "tiny, 3 drafted tokens a step" in family_table("tiny", {**summary, "tree": None})
+    assert "tiny, 3 drafted tokens a step" in family_table("tiny", changed(summary, tree=None))

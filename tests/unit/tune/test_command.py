@@ -23,6 +23,7 @@ from specflow.errors import UserError
 from specflow.export.eagle3 import load_export, save_export
 from specflow.files import write_json, write_jsonl
 from specflow.paths import Paths
+from specflow.results.schema import StepCosts
 from specflow.serving.engines import Install
 from specflow.serving.family import launch_for
 from specflow.targets.fetch import read_checkpoint
@@ -134,15 +135,15 @@ def test_prompts_of_the_benchmark_are_left_out(bench: ModelBench, project: Proje
 
 def test_costs_have_every_part_and_more_rows_cost_more(bench: ModelBench) -> None:
     costs = bench.costs(None, 0.5)
-    assert list(costs["verify_ms"]) == ["1", "2", "3", "4", "6", "8", "12", "16"]
-    draft = costs["draft_ms"]
-    assert list(draft["ingest_by_rows"]) == [str(n) for n in INGESTED]
-    assert list(draft["step_by_rows"]) == list(draft["tree_by_rows"]) == ["1", "2", "4", "8"]
-    assert draft["tree_by_rows"]["1"] == 0.0 and draft["step"] == draft["step_by_rows"]["1"] > 0.0
-    assert costs["target_ms"] == costs["verify_ms"]["1"] > 0.0 and costs["context"] > 20
-    assert CostModel.from_json(json.loads(json.dumps(costs))).target_ms == costs["target_ms"]
+    assert list(costs.verify_ms) == [1, 2, 3, 4, 6, 8, 12, 16]
+    draft = costs.draft_ms
+    assert list(draft.ingest_by_rows) == [*INGESTED]
+    assert list(draft.step_by_rows) == list(draft.tree_by_rows) == [1, 2, 4, 8]
+    assert draft.tree_by_rows[1] == 0.0 and draft.step == draft.step_by_rows[1] > 0.0
+    assert costs.target_ms == costs.verify_ms[1] > 0.0 and costs.context > 20
+    assert CostModel.of(StepCosts.model_validate(costs.to_json())).verify_ms == costs.verify_ms
     cut = bench.costs(6, 0.1)
-    assert cut["target_ms"] == costs["target_ms"] and cut["draft_ms"] != costs["draft_ms"]
+    assert cut.target_ms == costs.target_ms and cut.draft_ms != costs.draft_ms
 
 
 def test_costs_leave_a_session_that_drafts_as_before(bench: ModelBench) -> None:

@@ -13,34 +13,36 @@ import pytest
 from specflow.bench.statistics.records import BASELINE, Record
 from specflow.data.prompt_sets import Question
 from specflow.errors import UserError
+from specflow.results.schema import Conditions, DraftCosts, StepCosts
 from specflow.tune.acceptance import Walkable, walk
 from specflow.tune.candidates import Candidate, CostModel
 from specflow.tune.command import Options as CommandOptions
 from specflow.tune.command import lines, of_cut, points, report_of, sentence
 from specflow.tune.findings import Found, recommend
 from specflow.tune.search import PHASES, Settings, tune
+from tests.results import IDENTITY
 
-COSTS: dict[str, Any] = {
-    "target_ms": 20.0,
-    "verify_ms": {"1": 20.0, "4": 21.0, "8": 23.0, "16": 30.0, "64": 90.0},
-    "draft_ms": {
-        "ingest": 1.0,
-        "step": 1.0,
-        "ingest_by_rows": {"1": 1.0, "4": 1.5},
-        "step_by_rows": {"1": 1.0, "2": 1.2, "4": 1.6, "8": 2.4},
-        "tree_by_rows": {"1": 0.0, "2": 0.3, "4": 0.3, "8": 0.3},
-    },
-    "context": 100,
-}
+COSTS = StepCosts(
+    target_ms=20.0,
+    verify_ms={1: 20.0, 4: 21.0, 8: 23.0, 16: 30.0, 64: 90.0},
+    draft_ms=DraftCosts(
+        ingest=1.0,
+        step=1.0,
+        ingest_by_rows={1: 1.0, 4: 1.5},
+        step_by_rows={1: 1.0, 2: 1.2, 4: 1.6, 8: 2.4},
+        tree_by_rows={1: 0.0, 2: 0.3, 4: 0.3, 8: 0.3},
+    ),
+    context=100,
+)
 
 
 class Arithmetic:
     """A `Workbench`: `rate(top_k)` is the chance that a level's path goes on, times come from the cost table."""
 
-    def __init__(self, rates: Mapping[int, float], *, costs: dict[str, Any] = COSTS, noise: float = 0.0) -> None:
+    def __init__(self, rates: Mapping[int, float], *, costs: StepCosts = COSTS, noise: float = 0.0) -> None:
         self.rates, self.noise, self.table = rates, noise, costs
         self.draft_vocab_size, self.max_new_tokens, self.greedy = 1024, 73, True
-        self.conditions: dict[str, Any] = {}
+        self.conditions = Conditions()
         self.now = 0.0
         self.calls: list[tuple[str, list[str], list[str]]] = []
         self.cut_head = 1.0
@@ -53,12 +55,11 @@ class Arithmetic:
     def can_cut(self) -> bool:
         return self.cut_head < 1.0
 
-    def costs(self, draft_vocab_size: int | None, limit_s: float) -> dict[str, Any]:
+    def costs(self, draft_vocab_size: int | None, limit_s: float) -> StepCosts:
         self.now += limit_s
         if draft_vocab_size is None:
             return self.table
-        draft = {name: _scaled(value, self.cut_head) for name, value in self.table["draft_ms"].items()}
-        return {**self.table, "draft_ms": draft}
+        return _scaled(self.table, self.cut_head)
 
     def _answer(self, question: Question, top_k: int, depth: int, draft_vocab_size: int | None) -> Walkable:
         """The same for everybody who asks: drawn from the question."""
@@ -82,12 +83,12 @@ class Arithmetic:
 
     def _record(self, candidate: Candidate | None, question: Question, phase: str) -> Record:
         n = self.max_new_tokens
-        steps, step_ms, draft_ms, name, cut = [[0, 0]] * (n - 1), self.table["target_ms"], 0.0, BASELINE, 0
+        steps, step_ms, draft_ms, name, cut = [[0, 0]] * (n - 1), self.table.target_ms, 0.0, BASELINE, 0
         if candidate is not None:
             size = candidate.draft_vocab_size
             answer = self._answer(question, candidate.top_k, candidate.depth, size)
             count, accepted = walk(answer, candidate)
-            costs = CostModel.from_json(self.costs(size, 0.0))
+            costs = CostModel.of(self.costs(size, 0.0))
             length = 1 + accepted / count
             draft_ms, step_ms = costs.draft_ms(candidate, length), costs.step_time_ms(candidate, length)
             drafted, left = candidate.total_token - 1, accepted
@@ -119,8 +120,13 @@ class Arithmetic:
         )
 
 
-def _scaled(value: Any, by: float) -> Any:
-    return {key: by * inner for key, inner in value.items()} if isinstance(value, dict) else by * value
+def _scaled(costs: StepCosts, by: float) -> StepCosts:
+    """The draft's part of the costs by a factor."""
+    draft = costs.draft_ms
+    tables = (draft.ingest_by_rows, draft.step_by_rows, draft.tree_by_rows)
+    ingest, step, tree = ({rows: by * ms for rows, ms in table.items()} for table in tables)
+    parts = {"ingest_by_rows": ingest, "step_by_rows": step, "tree_by_rows": tree}
+    return costs.changed(draft_ms=draft.changed(ingest=by * draft.ingest, step=by * draft.step, **parts))
 
 
 def questions(count: int, first: int = 0) -> list[Question]:
@@ -163,7 +169,7 @@ def test_a_draft_that_is_never_right_is_not_served() -> None:
 
 def test_the_best_length_of_a_chain_is_found() -> None:
     """With a = 0.6 the cost table's optimum is known by trying all; noise of 3 % does not lead away from it by much."""
-    costs = CostModel.from_json(COSTS)
+    costs = CostModel.of(COSTS)
     rate = 0.6
     speed = {}
     for k in range(1, 9):
@@ -218,7 +224,7 @@ def test_a_budget_too_small_says_the_least() -> None:
 
 
 def test_a_cut_head_is_measured_where_it_is_predicted_to_be_faster() -> None:
-    costs = {**COSTS, "draft_ms": {name: _scaled(value, 6.0) for name, value in COSTS["draft_ms"].items()}}
+    costs = _scaled(COSTS, 6.0)
     cheap = Arithmetic({1: 0.8, 2: 0.0, 4: 0.0, 8: 0.0}, costs=costs)
     cheap.cut_head = 0.3
     found = run(cheap)
@@ -253,7 +259,7 @@ def test_what_is_printed_and_kept() -> None:
     bench.cut_head = 0.5
     found = run(bench)
     options = CommandOptions(600.0, 31, 12, False, None)
-    report = report_of("tiny", _family(), found, options, {"cpu": "none"})
+    report = report_of("tiny", _family(), found, options, IDENTITY)
     assert len(report["predicted"]) == len(found.predictions) > 60
     assert all({"steps", "topk", "num_draft_tokens", "acceptance_length"} <= set(row) for row in report["predicted"])
     text = "\n".join(lines(report, found, options))

@@ -163,13 +163,13 @@ def test_paired_difference() -> None:
     block, rows = accuracy(records, {"gsm": GSM}, ["gsm"], text_of, execute_code=False)
     assert block is not None
     found = block["gsm"]
-    assert found["kind"] == "final number"
-    assert (found["num_questions"], found["num_answers"], found["baseline"]) == (3, 6, 1.0)
-    assert found["draft"] == pytest.approx(5 / 6) and found["difference"] == pytest.approx(-1 / 6)
-    assert (found["only_baseline_right"], found["only_draft_right"]) == (1, 0)
-    assert found["num_length_limited"] == {"baseline": 6, "draft": 5}
+    assert found.kind == "final number"
+    assert (found.num_questions, found.num_answers, found.baseline) == (3, 6, 1.0)
+    assert found.draft == pytest.approx(5 / 6) and found.difference == pytest.approx(-1 / 6)
+    assert (found.only_baseline_right, found.only_draft_right) == (1, 0)
+    assert found.num_length_limited == {"baseline": 6, "draft": 5}
     # questions' differences (-1/2, 0, 0): mean -1/6, standard error 1/6, t of 2 degrees of freedom 4.303
-    assert found["difference_ci"] == pytest.approx([-1 / 6 - 4.303 / 6, -1 / 6 + 4.303 / 6], abs=1e-3)
+    assert found.difference_ci == pytest.approx((-1 / 6 - 4.303 / 6, -1 / 6 + 4.303 / 6), abs=1e-3)
     assert len(rows) == 12 and rows[6] == {
         "id": "gsm/g0/0/0/0/draft", "kind": "final number", "correct": False, "got": "-100", "expected": "0",
         "detail": "",
@@ -178,8 +178,8 @@ def test_paired_difference() -> None:
 
 def test_one_engine_alone_has_a_rate_and_no_difference() -> None:
     block, _ = accuracy(answers("draft", (True, False, False)), {"gsm": GSM}, ["gsm"], text_of, execute_code=False)
-    assert block is not None and block["gsm"]["baseline"] is None is block["gsm"]["difference"]
-    assert block["gsm"]["draft"] == pytest.approx(1 / 3) and block["gsm"]["num_unreadable"] == {
+    assert block is not None and block["gsm"].baseline is None is block["gsm"].difference
+    assert block["gsm"].draft == pytest.approx(1 / 3) and block["gsm"].num_unreadable == {
         "baseline": 0,
         "draft": 0,
     }
@@ -211,7 +211,7 @@ def test_programs_run_only_when_allowed_and_equal_answers_once(
     with caplog.at_level(logging.WARNING):
         block, rows = accuracy(*arguments, execute_code=True)
     assert len(runs) == 1 and len(rows) == 6
-    assert block is not None and (block["code"]["kind"], block["code"]["draft"]) == ("tests", 1.0)
+    assert block is not None and (block["code"].kind, block["code"].draft) == ("tests", 1.0)
     assert "at most 10 s" in caplog.text
 
 

@@ -10,11 +10,13 @@ import pytest
 
 from specflow.bench.served import gap, metrics
 from specflow.bench.served.client import Reply, Request, _read_openai, _read_sglang
-from specflow.bench.served.measuring import _record, check_pair, passes, plain_flags, refuse_synthetic
+from specflow.bench.served.measuring import SIDES, _record, check_pair, passes, plain_flags, refuse_synthetic
 from specflow.bench.served.metrics import Block, ServedRecord
 from specflow.bench.served.results import counters_agree, verdict
 from specflow.config import Serve
 from specflow.errors import UserError
+from specflow.results.schema import Divergence
+from specflow.results.served import Check, Gap, Level, Server
 from specflow.serving.engines import Install, Launch, launch
 
 
@@ -80,13 +82,13 @@ def test_latencies_of_one_block() -> None:
         counters=None,
     )
     side = metrics.side([block], num_gpus=2)
-    assert (side["num_requests"], side["num_errors"], side["num_tokens"]) == (3, 1, 6)
-    assert side["tok_s"] == 3.0 and side["tok_s_per_gpu"] == 1.5
-    assert side["ttft_ms"]["p50"] == pytest.approx(200.0)
-    assert side["e2e_ms"]["p50"] == pytest.approx(600.0)
-    assert side["tpot_ms"] == pytest.approx({"p50": 200.0, "p90": 200.0, "p99": 200.0})  # 0.8 s / 4 tokens
-    assert side["itl_ms"]["p50"] == pytest.approx(400.0)  # two gaps of 0.4 s
-    assert side["user_tok_s"] == pytest.approx(5.0)
+    assert (side.num_requests, side.num_errors, side.num_tokens) == (3, 1, 6)
+    assert side.tok_s == 3.0 and side.tok_s_per_gpu == 1.5
+    assert side.ttft_ms.p50 == pytest.approx(200.0)
+    assert side.e2e_ms.p50 == pytest.approx(600.0)
+    assert side.tpot_ms.to_json() == pytest.approx({"p50": 200.0, "p90": 200.0, "p99": 200.0})  # 0.8 s / 4 tokens
+    assert side.itl_ms.p50 == pytest.approx(400.0)  # two gaps of 0.4 s
+    assert side.user_tok_s == pytest.approx(5.0)
 
 
 @pytest.mark.parametrize(
@@ -136,8 +138,8 @@ def test_counters_are_summed_over_engines_and_differenced() -> None:
     grown = metrics.differenced(before, after)
     assert grown is not None
     found = metrics.of_counters(grown, 2)
-    assert found["length"] == 1.5 == 1 + sum(found["survival"])
-    assert found["survival"] == [0.25, 0.25] and found["conditional"] == [0.25, 1.0]
+    assert found.length == 1.5 == 1 + sum(found.survival)
+    assert found.survival == [0.25, 0.25] and found.conditional == [0.25, 1.0]
     with pytest.raises(UserError, match="fell during a block"):
         metrics.differenced(after, before)
     with pytest.raises(UserError, match="another number of tokens"):
@@ -150,14 +152,14 @@ def test_acceptance_from_requests_equals_the_counters() -> None:
     counters = {"num_steps": 4.0, "num_drafted": 12.0, "num_accepted": 6.0}
     block = Block("draft", 1, 0, 1.0, records, counters)
     found = metrics.acceptance([block], 3)
-    assert found is not None and found["from"] == "requests"
-    assert found["length"] == 2.5 and found["survival"] == [0.75, 0.5, 0.25]
+    assert found is not None and found.to_json()["from"] == found.source == "requests"
+    assert found.length == 2.5 and found.survival == [0.75, 0.5, 0.25]
     assert counters_agree([block], 3) is True
     assert counters_agree([dataclasses.replace(block, counters={**counters, "num_accepted": 7.0})], 3) is False
     by_position = {**counters, "accepted_at_0": 3.0, "accepted_at_1": 2.0, "accepted_at_2": 1.0}
     untold = dataclasses.replace(block, records=[served(tokens=[1, 2])], counters=by_position)
     other = metrics.acceptance([untold], 3)
-    assert other is not None and (other["from"], other["length"]) == ("counters", 2.5)
+    assert other is not None and (other.source, other.length) == ("counters", 2.5)
     assert metrics.acceptance([dataclasses.replace(untold, counters=None)], 3) is None
 
 
@@ -198,8 +200,8 @@ def test_sglang_counts() -> None:
     record = dataclasses.replace(served(tokens=list(range(106))), steps=steps)
     found = metrics.acceptance([Block("draft", 1, 0, 1.0, [record], None)], 5)
     assert found is not None
-    assert found["length"] == pytest.approx(1 + 63 / 43)
-    assert found["survival"][0] == pytest.approx(32 / 43) and found["survival"][4] == pytest.approx(3 / 43)
+    assert found.length == pytest.approx(1 + 63 / 43)
+    assert found.survival[0] == pytest.approx(32 / 43) and found.survival[4] == pytest.approx(3 / 43)
     assert record.as_record().num_cut == 1 + 63 + 43 - 106
 
 
@@ -254,8 +256,8 @@ def test_openai_stream_without_token_ids() -> None:
     other = dataclasses.replace(record, engine="draft", text="alpaca", steps=None)
     blocks = [Block("baseline", 1, 0, 1.0, [record], None), Block("draft", 1, 0, 1.0, [other], None)]
     level = metrics.level(blocks, 3, greedy=True, num_gpus=None)
-    assert level["lossless_rate"] == 0.0 and level["first_divergence"]["position"] == 3
-    assert level["acceptance"] is None
+    assert level.lossless_rate == 0.0 and level.first_divergence is not None and level.first_divergence.position == 3
+    assert level.acceptance is None
 
 
 def test_a_level_pairs_requests_and_repeats() -> None:
@@ -266,12 +268,12 @@ def test_a_level_pairs_requests_and_repeats() -> None:
         Block("draft", 1, 1, 1.6, [served([2], tokens=[1, 2, 9, 4], repeat=1)], None),
     ]
     level = metrics.level(blocks, 3, greedy=True, num_gpus=None)
-    assert level["speedup"] == pytest.approx((8 / 2.6) / (8 / 4.0))
-    assert level["speedup_range"] == pytest.approx([2.0 / 1.6, 2.0])
-    assert level["lossless_rate"] == 0.5
-    assert level["first_divergence"] == {
-        "set": "s", "question_id": "q0", "turn": 0, "sample": 0, "repeat": 1, "position": 2, "expected": 3, "got": 9,
-    }  # fmt: skip
+    assert level.speedup == pytest.approx((8 / 2.6) / (8 / 4.0))
+    assert level.speedup_range == pytest.approx([2.0 / 1.6, 2.0])
+    assert level.lossless_rate == 0.5
+    assert level.first_divergence == Divergence(
+        set="s", question_id="q0", turn=0, sample=0, repeat=1, position=2, expected=3, got=9
+    )
 
 
 def test_steps_that_leave_out_tokens_are_refused() -> None:
@@ -283,42 +285,40 @@ def test_a_user_answers_at_least_four_requests_in_a_block() -> None:
     assert [passes(6, c) for c in (1, 2, 4, 16)] == [1, 2, 3, 11]
 
 
-def result(levels: list[dict[str, Any]], stops: float | None) -> dict[str, Any]:
-    about = {"draft": {"version": "0.32.0"}}
-    return {
-        "engine": "vllm",
-        "num_speculative_tokens": 3,
-        "servers": about,
-        "levels": levels,
-        "break_even_concurrency": stops,
-    }
+def said(levels: list[Level], stops: float | None) -> str:
+    return verdict(levels, stops, engine="vllm", version="0.32.0", k=3)
 
 
-def one_level(concurrency: int, speedup: float, **changes: Any) -> dict[str, Any]:
-    side = {"num_errors": 0, "num_requests": 6}
-    level = {"concurrency": concurrency, "speedup": speedup, "baseline": side, "draft": side, "lossless_rate": 1.0}
-    level["speedup_range"] = [speedup - 0.1, speedup + 0.1]
-    return {**level, "acceptance": {"length": 1.5}, "first_divergence": None, **changes}
+def one_level(concurrency: int, speedup: float, *, num_errors: int = 0, **changes: Any) -> Level:
+    """6 requests to each side, of those with the draft `num_errors` failed."""
+    blocks = [
+        Block(engine, concurrency, 0, 1.0, [served([1], question=f"q{q}", engine=engine) for q in range(6)], None)
+        for engine in SIDES
+    ]
+    level = metrics.level(blocks, 3, greedy=True, num_gpus=None)
+    assert level.acceptance is not None and level.acceptance.length == 2.0
+    draft = level.draft.changed(num_errors=num_errors)
+    speeds = {"speedup": speedup, "speedup_range": (speedup - 0.1, speedup + 0.1)}
+    return level.changed(draft=draft, **speeds, **changes)
 
 
 def test_verdicts() -> None:
     pays, stops = one_level(1, 1.2), one_level(4, 0.8)
-    assert verdict(result([pays, stops], 2.0)).startswith(
+    assert said([pays, stops], 2.0).startswith(
         "Pays through vllm 0.32.0 at K = 3 up to about 2.0 requests at once: output tokens/s (lowest to highest "
         "repeat) 1.20x (1.10 to 1.30) at 1, 0.80x (0.70 to 0.90) at 4 requests at once."
     )
-    assert "repeats lie on both sides of 1 at 1 at once" in verdict(result([one_level(1, 1.05)], None))
-    assert verdict(result([pays], None)).startswith(
-        "Pays through vllm 0.32.0 at K = 3 up to 1 requests at once, the most"
+    assert "repeats lie on both sides of 1 at 1 at once" in said([one_level(1, 1.05)], None)
+    assert said([pays], None).startswith("Pays through vllm 0.32.0 at K = 3 up to 1 requests at once, the most")
+    assert said([stops], 4.0).startswith("Does not pay")
+    assert "2 of 12 requests failed" in said([one_level(1, 1.2, num_errors=2)], None)
+    where = Divergence(set="s", question_id="q", turn=0, sample=0, repeat=0, position=7, expected=1, got=2)
+    assert "differs in 50.0% of the requests" in said(
+        [one_level(1, 1.2, lossless_rate=0.5, first_divergence=where)], None
     )
-    assert verdict(result([stops], 4.0)).startswith("Does not pay")
-    failed = one_level(1, 1.2, draft={"num_errors": 2, "num_requests": 6})
-    assert "2 of 12 requests failed" in verdict(result([failed], None))
-    where = {"set": "s", "question_id": "q", "position": 7}
-    assert "differs in 50.0% of the requests" in verdict(
-        result([one_level(1, 1.2, lossless_rate=0.5, first_divergence=where)], None)
-    )
-    assert "acceptance length is 1.01" in verdict(result([one_level(1, 0.7, acceptance={"length": 1.01})], 1.0))
+    accepted = pays.acceptance
+    assert accepted is not None
+    assert "acceptance length is 1.01" in said([one_level(1, 0.7, acceptance=accepted.changed(length=1.01))], 1.0)
 
 
 def test_synthetic_acceptance_and_flags_of_speculation_are_refused() -> None:
@@ -349,40 +349,48 @@ def test_per_request_metrics_are_asked_for_with_a_draft_alone() -> None:
 def test_unequal_builds_and_flags_are_refused() -> None:
     plain_one, with_draft = (plain_flags(command(port, draft)) for port, draft in ((81, None), (82, Path("d"))))
     assert plain_one == with_draft and ("--dtype", "float32") in plain_one
-    one = {"version": "0.32.0", "flags": plain_one}
-    check_pair(one, {**one})
+    one = Server(url=None, num_gpus=None, dtype=None, k=None, version="0.32.0", flags=plain_one)
+    check_pair(one, one.changed(k=3))
     with pytest.raises(UserError, match=r"different builds, 0\.32\.0 and 0\.31\.0"):
-        check_pair(one, {**one, "version": "0.31.0"})
+        check_pair(one, one.changed(version="0.31.0"))
     other = plain_flags(command(81, None, dtype="bfloat16"))
     with pytest.raises(UserError, match=r"different flags \(--dtype\)"):
-        check_pair(one, {**one, "flags": other})
+        check_pair(one, one.changed(flags=other))
 
 
-OK = gap.Check("chat template", True, "renders the same tokens")
-BAD = gap.Check("chat template", False, "the server renders a question otherwise (from token 3 on)")
-UNTOLD = gap.Check("dtype", None, "target.json has float32")
+def gap_of(
+    expected: float | None, in_process: float, served: float, interval: tuple[float, float], checks: list[Check]
+) -> Gap:
+    return gap.gap(
+        "heldout", 6, expected=expected, in_process=in_process, served=served, interval=interval, checks=checks
+    )
+
+
+OK = Check("chat template", True, "renders the same tokens")
+BAD = Check("chat template", False, "the server renders a question otherwise (from token 3 on)")
+UNTOLD = Check("dtype", None, "target.json has float32")
 
 
 def test_gap_within_five_percent_needs_no_advice() -> None:
-    found = gap.gap(1.60, 1.56, 1.55, (1.4, 1.7), [OK])
-    assert found["gap"] == pytest.approx(1.55 / 1.60 - 1) and not found["apart"] and found["advice"] == []
+    found = gap_of(1.60, 1.56, 1.55, (1.4, 1.7), [OK])
+    assert found.gap == pytest.approx(1.55 / 1.60 - 1) and not found.apart and found.advice == []
 
 
 def test_gap_at_the_server_names_the_failed_check() -> None:
-    found = gap.gap(1.60, 1.56, 1.20, (1.1, 1.3), [BAD, UNTOLD])
-    assert found["apart"] and found["gap"] == pytest.approx(-0.25)
-    text = " ".join(found["advice"])
+    found = gap_of(1.60, 1.56, 1.20, (1.1, 1.3), [BAD, UNTOLD])
+    assert found.apart and found.gap == pytest.approx(-0.25)
+    text = " ".join(found.advice)
     assert "Look at the chat template: the server renders a question otherwise" in text
     assert "does not tell its dtype" in text and "norm flags" not in text
-    clean = " ".join(gap.gap(1.60, 1.56, 1.20, (1.1, 1.3), [OK])["advice"])
+    clean = " ".join(gap_of(1.60, 1.56, 1.20, (1.1, 1.3), [OK]).advice)
     assert "RoPE, layer ids and norm flags" in clean
 
 
 def test_gap_before_the_server_looks_at_the_prompts() -> None:
-    found = gap.gap(1.80, 1.56, 1.56, (1.3, 1.9), [OK])
-    assert found["apart"] and len(found["advice"]) == 1
-    assert "Server and in-process chain agree" in found["advice"][0] and "1.30 to 1.90 holds" in found["advice"][0]
-    assert gap.gap(None, 1.5, 1.5, (1.4, 1.6), [])["gap"] == 0.0
+    found = gap_of(1.80, 1.56, 1.56, (1.3, 1.9), [OK])
+    assert found.apart and len(found.advice) == 1
+    assert "Server and in-process chain agree" in found.advice[0] and "1.30 to 1.90 holds" in found.advice[0]
+    assert gap_of(None, 1.5, 1.5, (1.4, 1.6), []).gap == 0.0
 
 
 def test_prompt_counts() -> None:

@@ -29,6 +29,7 @@ from specflow.export.eagle3 import save_export
 from specflow.files import RowLog, write_json
 from specflow.paths import Paths
 from specflow.report.stage import run_report
+from specflow.results.served import Server
 from specflow.targets.fetch import read_checkpoint
 from specflow.targets.model import read_facts
 from tests.toys import make_project_inputs, tiny_params
@@ -225,14 +226,14 @@ def test_a_whole_benchmark(made: tuple[Params, Paths], pair: Pair, tmp_path: Pat
     found = results.run(plan, made[0], in_process(), plan.paths.bench)
     # 3 requests: two passes at 1 at once, three at 2; twice each
     assert (pair[0].asked, pair[1].asked) == (2 * (6 + 9), 2 * (6 + 9))
-    for level in found["levels"]:
-        assert level["acceptance"]["length"] == 2.5 and level["acceptance"]["survival"] == [1.0, 0.5]
-        assert level["lossless_rate"] == 1.0 and level["draft"]["num_errors"] == 0
-    assert found["counters_agree"] is True
-    gap = found["gap"]
-    assert (gap["expected"], gap["in_process"], gap["served"]) == (2.4, 2.5, 2.5)
-    assert gap["gap"] == pytest.approx(2.5 / 2.4 - 1) and gap["set"] == "heldout" and not gap["apart"]
-    ok = {check["what"]: check["ok"] for check in gap["checks"]}
+    for level in found.levels:
+        assert level.acceptance.length == 2.5 and level.acceptance.survival == [1.0, 0.5]
+        assert level.lossless_rate == 1.0 and level.draft.num_errors == 0
+    assert found.counters_agree is True
+    gap = found.gap
+    assert (gap.expected, gap.in_process, gap.served) == (2.4, 2.5, 2.5)
+    assert gap.gap == pytest.approx(2.5 / 2.4 - 1) and gap.set == "heldout" and not gap.apart
+    ok = {check.what: check.ok for check in gap.checks}
     assert ok == {
         "export": True, "chat template": True, "prompt length": True, "dtype": None, "K": True,
         "target's output": True,
@@ -240,7 +241,7 @@ def test_a_whole_benchmark(made: tuple[Params, Paths], pair: Pair, tmp_path: Pat
     lines = (plan.paths.bench / "served_records.jsonl").read_text().splitlines()
     assert len({json.loads(line)["id"] for line in lines}) == len(lines) == 60
     flat = results.headline(found)
-    assert flat["served_acceptance_length"] == 2.5 and flat["train_to_serve_gap"] == gap["gap"]
+    assert flat["served_acceptance_length"] == 2.5 and flat["train_to_serve_gap"] == gap.gap
     assert not list(plan.paths.state.rglob("*.jsonl"))
 
 
@@ -249,10 +250,10 @@ def test_sglangs_protocol(made: tuple[Params, Paths], pair: Pair, tmp_path: Path
     pair[0].sglang = pair[1].sglang = True
     plan = plan_for(made, pair, tmp_path, engine="sglang", concurrency=[1])
     found = results.run(plan, made[0], in_process(), tmp_path / "out")
-    assert found["levels"][0]["acceptance"]["length"] == 2.5 and found["levels"][0]["lossless_rate"] == 1.0
-    assert found["servers"]["draft"]["k"] == K and found["servers"]["draft"]["version"] == "0.5.9"
-    assert found["counters_agree"] is None and found["gap"]["served"] == found["gap"]["in_process"]
-    checks = {check["what"]: check["ok"] for check in found["gap"]["checks"]}
+    assert found.levels[0].acceptance.length == 2.5 and found.levels[0].lossless_rate == 1.0
+    assert found.servers.draft.k == K and found.servers.draft.version == "0.5.9"
+    assert found.counters_agree is None and found.gap.served == found.gap.in_process
+    checks = {check.what: check.ok for check in found.gap.checks}
     assert checks["K"] is True and checks["dtype"] is True
 
 
@@ -292,15 +293,15 @@ def test_a_killed_benchmark_goes_on_with_the_next_block(
     before = pair[0].asked + pair[1].asked
     found = results.run(plan, made[0], in_process(), plan.paths.bench)
     assert before == 6 + 9 + 6 + 9 + 9 and pair[0].asked + pair[1].asked == 60
-    assert found["gap"]["in_process"] == 2.5
+    assert found.gap.in_process == 2.5
 
 
 def test_failed_requests_are_disclosed(made: tuple[Params, Paths], pair: Pair, tmp_path: Path) -> None:
     pair[1].failing = {REQUESTS[1].prompt[-1]}
     plan = plan_for(made, pair, tmp_path, concurrency=[1])
     found = results.run(plan, made[0], in_process(), tmp_path / "out")
-    assert found["levels"][0]["draft"]["num_errors"] == 4 and found["counters_agree"] is None
-    assert found["verdict"].startswith("No conclusion through vllm 0.32.0 at K = 2: 4 of 24 requests failed")
+    assert found.levels[0].draft.num_errors == 4 and found.counters_agree is None
+    assert found.verdict.startswith("No conclusion through vllm 0.32.0 at K = 2: 4 of 24 requests failed")
     rows = [json.loads(line) for line in (tmp_path / "out" / "served_records.jsonl").read_text().splitlines()]
     errors = {row["error"] for row in rows if row["error"]}
     assert errors == {'status 500: {"error": "the engine\\n is gone"}'}
@@ -313,10 +314,10 @@ def test_the_first_divergence_is_named(made: tuple[Params, Paths], pair: Pair, t
     pair[1].wrong = {REQUESTS[2].prompt[-1]}
     plan = plan_for(made, pair, tmp_path, concurrency=[1])
     found = results.run(plan, made[0], in_process(), tmp_path / "out")
-    assert found["levels"][0]["lossless_rate"] == pytest.approx(2 / 3)
-    first = found["levels"][0]["first_divergence"]
-    assert (first["question_id"], first["position"], first["expected"], first["got"]) == ("q2", 2, 13, 0)
-    assert "differs in 33.3% of the requests at 1 at once, first in heldout/q2 at token 2" in found["verdict"]
+    assert found.levels[0].lossless_rate == pytest.approx(2 / 3)
+    first = found.levels[0].first_divergence
+    assert (first.question_id, first.position, first.expected, first.got) == ("q2", 2, 13, 0)
+    assert "differs in 33.3% of the requests at 1 at once, first in heldout/q2 at token 2" in found.verdict
 
 
 def test_a_gap_at_the_server_is_explained(made: tuple[Params, Paths], pair: Pair, tmp_path: Path) -> None:
@@ -324,12 +325,12 @@ def test_a_gap_at_the_server_is_explained(made: tuple[Params, Paths], pair: Pair
     worse = {"num_spec_steps": 3, "per_step_accepted": [1, 0, 1], "per_step_drafted": [2, 2, 2]}
     pair[1].speculation, pair[1].template = {**SPECULATION, **worse}, [7, 0, 9]
     found = results.run(plan_for(made, pair, tmp_path, concurrency=[1]), made[0], in_process(), tmp_path / "out")
-    gap = found["gap"]
-    assert gap["served"] == pytest.approx(5 / 3) and gap["expected"] is None and gap["apart"]
-    assert gap["gap"] == gap["gap_to_in_process"] == pytest.approx(5 / 3 / 2.5 - 1)
-    assert gap["advice"][0] == "The server accepts -33.3% against the in-process chain on the same prompts."
-    assert gap["advice"][1] == "Look at the chat template: the server renders a question otherwise (from token 1 on)."
-    assert found["counters_agree"] is False  # the counters still say 1.5 a step
+    gap = found.gap
+    assert gap.served == pytest.approx(5 / 3) and gap.expected is None and gap.apart
+    assert gap.gap == gap.gap_to_in_process == pytest.approx(5 / 3 / 2.5 - 1)
+    assert gap.advice[0] == "The server accepts -33.3% against the in-process chain on the same prompts."
+    assert gap.advice[1] == "Look at the chat template: the server renders a question otherwise (from token 1 on)."
+    assert found.counters_agree is False  # the counters still say 1.5 a step
 
 
 def test_refusals(made: tuple[Params, Paths], pair: Pair, tmp_path: Path) -> None:
@@ -366,7 +367,8 @@ def test_blocks_of_other_settings_are_not_kept(made: tuple[Params, Paths], pair:
     assert measuring.log_parts(plan, "b") not in (parts, measuring.log_parts(other, "a"))
     assert measuring.log_parts(other, "a")["settings"] != parts["settings"]
     log = RowLog(tmp_path / "log.jsonl", "k")
-    log.append({"id": "server/baseline", "about": {"version": "0.31.0", "flags": []}})
+    before = Server(url=pair[0].url, num_gpus=None, dtype=None, k=None, version="0.31.0", flags=[])
+    log.append({"id": "server/baseline", "about": before.to_json()})
     with pytest.raises(UserError, match=r"different builds, 0\.31\.0 and 0\.32\.0"):
         measuring.measure(plan, log)
 
@@ -381,7 +383,7 @@ def test_the_report_shows_it(made: tuple[Params, Paths], pair: Pair, tmp_path: P
     run_report(made[0], {"tiny": plan.paths})
     html, markdown = ((plan.paths.report / f"tiny.{kind}").read_text(encoding="utf-8") for kind in ("html", "md"))
     for text in (html, markdown):
-        assert found["verdict"] in text and "served 2.50" in re.sub("</?strong>", "", text)
+        assert found.verdict in text and "served 2.50" in re.sub("</?strong>", "", text)
         assert "training expected" in text and "Gap" in text and "-13.8 %" in text
         assert "Server and in-process chain agree" in text
     assert html.count('<svg class="drawn"') == 16 and "target&#39;s output: holds" in html and "dtype: not told" in html

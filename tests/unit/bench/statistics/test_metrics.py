@@ -117,10 +117,10 @@ def test_first_divergence() -> None:
     assert metrics.losslessness([(base, same)]) == (1.0, None)
     rate, first = metrics.losslessness([(base, same), (base, other)])
     assert rate == 0.5 and first is not None
-    assert (first["position"], first["expected"], first["got"]) == (2, 3, 9)
+    assert (first.position, first.expected, first.got) == (2, 3, 9)
     shorter = record([0, 0], tokens=[1, 2, 3])
     first = metrics.losslessness([(base, shorter)])[1]
-    assert first is not None and (first["position"], first["got"]) == (3, None)
+    assert first is not None and (first.position, first.got) == (3, None)
 
 
 def test_repeats_equal() -> None:
@@ -132,13 +132,13 @@ def test_repeats_equal() -> None:
 def test_cost_predicts_the_decode_speedup() -> None:
     baseline, draft = [plain(9, seconds=0.8)], [record([1] * 4, seconds=0.5)]
     costs = metrics.cost(baseline, draft, 2.0)
-    assert costs["t_target_ms"] == pytest.approx(0.6 * 800 / 8)
-    assert costs["t_verify_ms"] == pytest.approx(0.6 * 500 / 4)
-    assert costs["t_draft_ms"] == pytest.approx(0.15 * 500 / 4)
-    assert costs["predicted_speedup"] == pytest.approx(2 * 60 / (75 + 18.75))
-    assert costs["outside_share"] == pytest.approx(1 - 0.72 / 0.75)
+    assert costs.t_target_ms == pytest.approx(0.6 * 800 / 8)
+    assert costs.t_verify_ms == pytest.approx(0.6 * 500 / 4)
+    assert costs.t_draft_ms == pytest.approx(0.15 * 500 / 4)
+    assert costs.predicted_speedup == pytest.approx(2 * 60 / (75 + 18.75))
+    assert costs.outside_share == pytest.approx(1 - 0.72 / 0.75)
     alone = metrics.cost([], draft, 2.0)
-    assert alone["t_target_ms"] is None is alone["predicted_speedup"] and alone["t_draft_ms"] == costs["t_draft_ms"]
+    assert alone.t_target_ms is None is alone.predicted_speedup and alone.t_draft_ms == costs.t_draft_ms
 
 
 def test_records_survive_json() -> None:
@@ -147,4 +147,4 @@ def test_records_survive_json() -> None:
     assert row.to_json()["id"] == "s/q0/0/2/0/draft"
     old = {name: value for name, value in row.to_json().items() if name not in ("sample", "started_at", "model_s")}
     assert Record.from_json(old).request == ("s", "q0", 0, 0)
-    assert metrics.cost([], [row, Record.from_json(old)], 1.5)["outside_share"] is None, "not measured in all of them"
+    assert metrics.cost([], [row, Record.from_json(old)], 1.5).outside_share is None, "not measured in all of them"

@@ -1,6 +1,5 @@
 """summary.json from records alone."""
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,13 @@ import pytest
 from specflow import files
 from specflow.bench.statistics.records import Record
 from specflow.bench.statistics.summary import recompute, summarise, summary_of
+from specflow.config_bench import StaticTree
+from specflow.results.schema import Conditions, SetResult, Statistics
 from tests.bench_records import benchmark, plain, record
+from tests.results import summary_from
 
 
-def summary(records: list[Record], **kwargs: Any) -> dict[str, Any]:
+def summary(records: list[Record], **kwargs: Any) -> SetResult:
     return summarise(records, **{"num_speculative_tokens": 3, "greedy": True, **kwargs})
 
 
@@ -25,17 +27,17 @@ def test_parts_add_up() -> None:
         where: dict[str, Any] = {"question": category, "category": category, "turn": turn}
         records += [plain(num_tokens, **where), record(accepted, seconds=0.5, **where)]
     found = summary(records)
-    assert found["acceptance_length"] == 2.0 and found["acceptance_length_macro"] == 2.5
-    for parts, names in (("by_category", ["a", "b"]), ("by_turn", ["0", "1"])):
-        assert {name: part["acceptance_length"] for name, part in found[parts].items()} == dict(
-            zip(names, (4.0, 1.0), strict=True)
-        )
-        assert sum(part["num_tokens"] for part in found[parts].values()) == found["num_tokens"]
-        assert sum(part["num_steps"] for part in found[parts].values()) == found["num_steps"] == 6
-    assert list(found["by_sample"]) == ["0"] and found["by_sample"]["0"]["speedup"] == found["speedup"]
-    assert found["acceptance_length_ci"] is None, "two questions"
-    assert found["references"] == {} and found["lossless"] is True and found["baseline_repeats_equal"] is True
-    assert summary(records, greedy=False)["lossless"] is None
+    assert found.acceptance_length == 2.0 and found.acceptance_length_macro == 2.5
+    lengths = [{name: part.acceptance_length for name, part in parts.items()} for parts in
+               (found.by_category, found.by_turn)]  # fmt: skip
+    assert lengths == [{"a": 4.0, "b": 1.0}, {0: 4.0, 1: 1.0}]
+    for parts in (found.by_category.values(), found.by_turn.values()):
+        assert sum(part.num_tokens for part in parts) == found.num_tokens
+        assert sum(part.num_steps for part in parts) == found.num_steps == 6
+    assert list(found.by_sample) == [0] and found.by_sample[0].speedup == found.speedup
+    assert found.acceptance_length_ci is None, "two questions"
+    assert found.references == {} and found.lossless is True and found.baseline_repeats_equal is True
+    assert summary(records, greedy=False).lossless is None
 
 
 def test_samples_are_requests_of_their_own() -> None:
@@ -44,8 +46,8 @@ def test_samples_are_requests_of_their_own() -> None:
         num_tokens = 1 + sum(a + 1 for a in accepted)
         records += [plain(num_tokens, sample=sample), record(accepted, sample=sample)]
     found = summary(records, greedy=False)
-    assert (found["num_requests"], found["num_questions"]) == (2, 1)
-    assert [part["acceptance_length"] for part in found["by_sample"].values()] == [2.0, 2.5]
+    assert (found.num_requests, found.num_questions) == (2, 1)
+    assert [part.acceptance_length for part in found.by_sample.values()] == [2.0, 2.5]
 
 
 def test_reference_rows() -> None:
@@ -55,24 +57,24 @@ def test_reference_rows() -> None:
         where: dict[str, Any] = {"question": f"q{q}", "repeat": 1}
         records.append(record([3, 3, 1], engine="oracle", cut=0, seconds=0.5 * (1 + 0.01 * q), **where))
         records.append(record([0] * 10, engine="null", seconds=2 * (1 + 0.01 * q), **where))
-    rows = summary(records)["references"]
+    rows = summary(records).references
     assert list(rows) == ["oracle", "null"]
-    assert rows["oracle"]["speedup"] == pytest.approx(2.0) and rows["null"]["speedup"] == pytest.approx(0.5)
-    assert rows["null"]["acceptance_length"] == 1.0 and rows["oracle"]["acceptance_length"] == pytest.approx(10 / 3)
-    assert rows["null"]["num_requests"] == 6 and rows["null"]["lossless"] is True
-    assert summary(records)["acceptance_length"] == summary(benchmark(0.7))["acceptance_length"]
+    assert rows["oracle"].speedup == pytest.approx(2.0) and rows["null"].speedup == pytest.approx(0.5)
+    assert rows["null"].acceptance_length == 1.0 and rows["oracle"].acceptance_length == pytest.approx(10 / 3)
+    assert rows["null"].num_requests == 6 and rows["null"].lossless is True
+    assert summary(records).acceptance_length == summary(benchmark(0.7)).acceptance_length
 
 
 def test_a_side_that_did_not_run_has_no_numbers() -> None:
     draft = [r for r in benchmark(0.7) if r.engine == "draft"]
     found = summary(draft)
     for name in ("speedup", "speedup_ci", "speedup_mean_of_ratios", "decode_speedup", "baseline_tok_s", "lossless"):
-        assert found[name] is None, name
-    assert found["acceptance_length"] == 2.0 and found["tok_s"] > 0 and found["num_requests"] == 6
+        assert getattr(found, name) is None, name
+    assert found.acceptance_length == 2.0 and found.tok_s and found.num_requests == 6
     found = summary([r for r in benchmark(0.7) if r.engine == "baseline"])
     for name in ("acceptance_length", "acceptance_length_ci", "tok_s", "speedup", "draft_acceptance_rate"):
-        assert found[name] is None, name
-    assert found["baseline_tok_s"] > 0 and found["num_requests"] == found["num_questions"] == 6
+        assert getattr(found, name) is None, name
+    assert found.baseline_tok_s and found.num_requests == found.num_questions == 6
 
 
 def test_identities_are_asserted() -> None:
@@ -94,7 +96,7 @@ def test_records_in_any_order_give_the_same_summary() -> None:
     shuffled = random.Random(0).sample(records, len(records))
     kwargs: dict[str, Any] = {"num_speculative_tokens": 3, "greedy": True}
     one, other = (summary_of(rows, **kwargs) for rows in (records, shuffled))
-    assert flat(one) == pytest.approx(flat(other)) and one["verdict"] == other["verdict"]
+    assert flat(one.to_json()) == pytest.approx(flat(other.to_json())) and one.verdict == other.verdict
 
 
 def flat(value: Any, name: str = "") -> dict[str, float]:
@@ -108,10 +110,15 @@ def flat(value: Any, name: str = "") -> dict[str, float]:
 def test_anybody_can_compute_it_again(tmp_path: Path) -> None:
     """From the two files alone, a tree's settings and the machine's state included, to the last digit."""
     records = benchmark(0.7, k=5, slower=0.02)
-    tree, conditions = {"branches": [[0], [1], [2], [0, 0], [0, 0, 0]]}, {"busy_share": 0.4}
-    made = summary_of(records, num_speculative_tokens=3, greedy=True, tree=tree, conditions=conditions)
-    settings = {"temperature": 0.0, "seed": 4}
-    told = {**made, "num_speculative_tokens": 3, "settings": settings, "tree": tree, "conditions": conditions}
-    files.write_json(tmp_path / "summary.json", told)
+    made = summary_from(
+        records,
+        num_speculative_tokens=3,
+        settings={"seed": 4},
+        tree=StaticTree(branches=[[0], [1], [2], [0, 0], [0, 0, 0]]),
+        conditions=Conditions(busy_share=0.4),
+    )
+    files.write_json(tmp_path / "summary.json", made.to_json())
     files.write_jsonl(tmp_path / "records.jsonl", (r.to_json() for r in records))
-    assert json.loads(json.dumps(recompute(tmp_path))) == json.loads(json.dumps(made))
+    again = recompute(tmp_path)
+    assert again.to_json() == {name: made.to_json()[name] for name in Statistics.model_fields}
+    assert "no conclusion" in again.conclusion.conclusion and "used 40% of the machine" in again.verdict

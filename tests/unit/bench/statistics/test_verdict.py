@@ -6,24 +6,25 @@ import pytest
 
 from specflow.bench.statistics.records import Record
 from specflow.bench.statistics.summary import summary_of
+from specflow.results.schema import Conclusion, Conditions
 from tests.bench_records import benchmark, plain, record
 
 
-def judged(records: list[Record], **kwargs: Any) -> dict[str, Any]:
+def judged(records: list[Record], **kwargs: Any) -> Conclusion:
     summary = summary_of(records, **{"num_speculative_tokens": 3, "greedy": True, **kwargs})
-    conclusion: dict[str, Any] = summary["conclusion"]
-    assert conclusion["sentence"] == summary["verdict"]
-    assert (conclusion["conclusion"] == "no conclusion") == bool(conclusion["reasons"])
+    conclusion = summary.conclusion
+    assert conclusion.sentence == summary.verdict
+    assert (conclusion.conclusion == "no conclusion") == bool(conclusion.reasons)
     return conclusion
 
 
 def test_pays_and_does_not() -> None:
     pays = judged(benchmark(0.7))
-    assert pays["conclusion"] == "pays" and pays["sentence"].startswith("Pays: 1.39x (95% CI 1.3")
-    assert "over 6 questions at K = 3, because acceptance length x t_target" in pays["sentence"]
-    assert judged(benchmark(1.5))["sentence"].startswith("Does not pay: 0.6")
-    tree = judged(benchmark(0.7, k=20), tree={"total_token": 21, "depth": 3, "top_k": 8})
-    assert "at a tree of depth 3" in tree["sentence"]
+    assert pays.conclusion == "pays" and pays.sentence.startswith("Pays: 1.39x (95% CI 1.3")
+    assert "over 6 questions at K = 3, because acceptance length x t_target" in pays.sentence
+    assert judged(benchmark(1.5)).sentence.startswith("Does not pay: 0.6")
+    tree = judged(benchmark(0.7, k=20), tree=True)
+    assert "at a tree of depth 3" in tree.sentence
 
 
 def replaced(records: list[Record], engine: str, repeat: int, tokens: list[int]) -> list[Record]:
@@ -46,8 +47,13 @@ REASONS: list[tuple[str, list[Record], dict[str, Any], str]] = [
     ("two", benchmark(0.7, questions=2), {}, "2 questions give no interval"),
     ("no baseline", [r for r in benchmark(0.7) if r.engine == "draft"], {}, "the target alone did not run"),
     ("no draft", [r for r in benchmark(0.7) if r.engine == "baseline"], {}, "the draft did not run"),
-    ("shared", benchmark(0.7), {"conditions": {"shared_cpu": True}}, "several workers measured on one CPU"),
-    ("busy", benchmark(0.7), {"conditions": {"busy_share": 0.5}}, "other processes used 50% of the machine's cores"),
+    ("shared", benchmark(0.7), {"conditions": Conditions(shared_cpu=True)}, "several workers measured on one CPU"),
+    (
+        "busy",
+        benchmark(0.7),
+        {"conditions": Conditions(busy_share=0.5)},
+        "other processes used 50% of the machine's cores",
+    ),
     (
         "drift",
         [r for r in benchmark(0.7) if r.repeat < 2] + [r for r in benchmark(1.2) if r.repeat == 2],
@@ -72,8 +78,8 @@ REASONS: list[tuple[str, list[Record], dict[str, Any], str]] = [
 @pytest.mark.parametrize(("records", "kwargs", "reason"), [case[1:] for case in REASONS], ids=[c[0] for c in REASONS])
 def test_no_conclusion(records: list[Record], kwargs: dict[str, Any], reason: str) -> None:
     found = judged(records, **kwargs)
-    assert found["sentence"].startswith("No conclusion: ") and reason in found["sentence"]
-    assert len([text for text in found["reasons"] if reason in text]) == 1
+    assert found.sentence.startswith("No conclusion: ") and reason in found.sentence
+    assert len([text for text in found.reasons if reason in text]) == 1
 
 
 def test_wrong_drafts_that_are_faster_than_none_accuse_the_clock() -> None:
@@ -84,31 +90,31 @@ def test_wrong_drafts_that_are_faster_than_none_accuse_the_clock() -> None:
         return [*benchmark(0.7), *null]
 
     found = judged(with_null([0.80, 0.82, 0.81, 0.83, 0.80, 0.82]))
-    (reason,) = found["reasons"]
+    (reason,) = found.reasons
     assert reason.startswith("wrong drafts are faster than none (reference row null: 1.26x, 95% CI 1.2")
-    assert judged(with_null([1.3, 0.70, 0.9, 1.1, 0.8, 0.9]))["conclusion"] == "pays", "1.08x, but it scatters"
-    assert judged(with_null([1.10] * 6))["conclusion"] == "pays"
+    assert judged(with_null([1.3, 0.70, 0.9, 1.1, 0.8, 0.9])).conclusion == "pays", "1.08x, but it scatters"
+    assert judged(with_null([1.10] * 6)).conclusion == "pays"
 
 
 def test_every_reason_is_told() -> None:
-    found = judged(benchmark(0.97), conditions={"shared_cpu": True, "busy_share": 0.9})
-    assert len(found["reasons"]) == 3
+    found = judged(benchmark(0.97), conditions=Conditions(shared_cpu=True, busy_share=0.9))
+    assert len(found.reasons) == 3
 
 
 def test_drift_of_the_machine_is_told_with_the_conclusion() -> None:
     """10 % a repeat on both sides, more than the effect of 8.5 %: the pairs' ratio is the same in each repeat."""
     found = judged(benchmark(0.9, slower=0.1))
-    assert found["conclusion"] == "pays" and len(found["notes"]) == 1
-    assert "own speed changed by -19.1% over the run; speedup by repeat 1.08, 1.08, 1.08." in found["sentence"]
-    assert judged(benchmark(0.5, slower=0.01))["notes"] == []
+    assert found.conclusion == "pays" and len(found.notes) == 1
+    assert "own speed changed by -19.1% over the run; speedup by repeat 1.08, 1.08, 1.08." in found.sentence
+    assert judged(benchmark(0.5, slower=0.01)).notes == []
 
 
 def test_what_is_not_known_does_not_count() -> None:
-    assert judged(benchmark(0.7), conditions={"busy_share": None})["conclusion"] == "pays"
+    assert judged(benchmark(0.7), conditions=Conditions(busy_share=None)).conclusion == "pays"
     untimed = [Record.from_json({**r.to_json(), "started_at": 0.0}) for r in benchmark(0.7, slower=0.3)]
-    assert judged(untimed)["conclusion"] == "pays"
+    assert judged(untimed).conclusion == "pays"
 
 
 def test_sampling_says_nothing_of_outputs() -> None:
-    assert judged(benchmark(0.7, tokens=OTHER), greedy=False)["conclusion"] == "pays"
+    assert judged(benchmark(0.7, tokens=OTHER), greedy=False).conclusion == "pays"
     assert plain(3).engine == "baseline"
