@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from specflow.errors import UserError
@@ -37,8 +38,13 @@ def sha256_file(path: Path) -> str:
 
 
 def digest_of(path: Path, cache: Path) -> str:
-    """sha256 of a file, remembered in `cache` until its size or one of its times (of content, of inode) changes."""
+    """sha256 of a file, remembered in `cache` until its size or one of its times (of content, of inode) changes.
+
+    Raises UserError where it is no file, such as a pipe, which would be waited for.
+    """
     path, stat = path.resolve(), path.stat()
+    if not S_ISREG(stat.st_mode):
+        raise UserError(f"{path} is no regular file: name a file or a folder")
     known = cache / "digests" / f"{sha256_bytes(str(path).encode())[:32]}.json"
     stamp = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
     if known.exists():

@@ -143,12 +143,16 @@ def _digests(reference: str, known: dict[str, Any], cache: Path, *, models: bool
         raise UserError(
             f"{reference} does not exist: check the path (relative paths start at the project folder)"
         ) from None
+    except UserError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{reference} cannot be read ({error}): check the path and its rights") from None
 
 
 def _walk(folder: Path, models: bool) -> Iterator[Path]:
-    """Files of a folder in order, hidden ones left out; of a model only what is loaded from its top."""
+    """Files of a folder in order, hidden ones, pipes and links to nothing left out; of a model only what is loaded from
+    its top.
+    """
     for parent, folders, names in os.walk(folder, followlinks=not models):
         here = Path(parent)
         folders[:] = [] if models else sorted(each for each in folders if not each.startswith("."))
@@ -156,7 +160,8 @@ def _walk(folder: Path, models: bool) -> Iterator[Path]:
             if (here / each).resolve() in (here.resolve(), *here.resolve().parents):
                 raise UserError(f"{here / each} is a link to a folder that it lies in: remove it")
         for each in sorted(names):
-            if not each.startswith(".") and (not models or each.endswith(_MODEL_SUFFIXES)):
+            wanted = not each.startswith(".") and (not models or each.endswith(_MODEL_SUFFIXES))
+            if wanted and (here / each).is_file():  # a pipe would be waited for
                 yield here / each
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,10 @@ def _circle(folder: Path) -> None:
     (folder / "circle" / "deep" / "up").symlink_to(folder / "circle")
 
 
+def _pipe(folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+
+
 def _section(section: str, **values: Any) -> Edit:
     return lambda raw, folder: raw["families"]["tiny"][section].update(values)
 
@@ -67,6 +72,7 @@ PLACES: list[tuple[str, Edit, tuple[str, ...]]] = [
     ("a template that is not there", _target("file:target", chat_template="nowhere"), ("nowhere does not exist",)),
     ("data that is a link to itself", _data("file:loop.json", _loop), ("file:loop.json",)),
     ("data in a folder that leads in a circle", _data("file:circle", _circle), ("circle/deep/up", "link")),
+    ("data that is a pipe", _data("file:pipe", _pipe), ("pipe is no regular file",)),
     ("data below a file", _data("file:params.yaml/x"), ("does not exist",)),
     ("a null byte in a name", _data("file:a\0b"), ("file:a",)),
     ("an earlier draft that is not there", _section("train", init_from="nowhere"), ("nowhere does not exist",)),
