@@ -146,7 +146,7 @@ def test_an_engine_that_is_not_here_keeps_the_version_on_record(
         (("target", "source"), "file:nowhere", "file:nowhere does not exist"),
         (("target", "source"), "file:~nosuchuser/x", "~nosuchuser/x: this machine has no home folder of that name"),
         (("train", "init_from"), "one.json/draft", "one.json/draft does not exist"),
-        (("target", "chat_template"), "x" * 300, "cannot be read"),
+        (("target", "chat_template"), "x" * 300, "name of over 255 bytes"),
         (("data", "sources"), [{"source": "file:loop"}], "cannot be read"),
         (("data", "sources"), [{"source": "file:around"}], "around/up is a link to a folder that it lies in"),
     ],

@@ -54,7 +54,7 @@ def test_shards_are_those_of_a_local_store_and_come_back(tmp_path: Path, target:
     local, shared = make_project(tmp_path / "local", target), make_project(tmp_path / "there", target, store)
     local.run(extract)
     metrics = shared.run(extract)
-    folder = next((local.paths.state / "hidden_states").iterdir())
+    folder = next((local.paths.state / "hidden_states").glob("*/"))
     assert files_of(store) == {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
     assert not list(shared.paths.state.rglob("*.safetensors")) and metrics["shards"] > 2  # moved, not copied
     here, there = (HiddenStateStore.open(project.paths.manifest) for project in (local, shared))

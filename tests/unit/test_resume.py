@@ -115,7 +115,7 @@ def test_a_changed_part_starts_anew_and_is_named(
         assert caplog.messages == []  # goes on
     with opened(tmp_path, **{part: "other"}) as state:
         assert not (state.folder / "last.pt").exists()
-    (line,) = caplog.messages
+    (line,) = set(caplog.messages)  # a Prefect in this process may pass messages on to the same handler
     assert f"train_offline@tiny starts anew: {part} changed since the run that was interrupted" in line
     with opened(tmp_path) as back:
         assert (back.folder / "last.pt").read_text() == "work"  # undone: goes on after all

@@ -290,8 +290,8 @@ def test_the_family_may_have_a_tree(project: Path, tmp_path: Path) -> None:
     other.write_text(yaml.safe_dump(raw))
     benchmark("tiny", other, tmp_path / "x", QUICK, resume=False)
     benchmark("tiny", other, tmp_path / "y", {**QUICK, "num_speculative_tokens": 2}, resume=False)
-    found = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("x", "y")]
-    assert [summary.tree for summary in found] == [{"branches": [[0], [1], [0, 0]]}, None]
+    found = [summary_in(tmp_path / name) for name in ("x", "y")]
+    assert [summary.tree and summary.tree.model_dump() for summary in found] == [{"branches": [[0], [1], [0, 0]]}, None]
     assert [summary.num_speculative_tokens for summary in found] == [2, 2]
 
 

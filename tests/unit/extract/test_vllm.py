@@ -117,7 +117,7 @@ def test_the_engine_sees_nothing_of_specflow() -> None:
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_the_final_norm_is_the_models_own(facts: TargetFacts, tmp_path: Path, name: str, dtype: str) -> None:
     make_model(name).save_pretrained(tmp_path)
-    facts = facts.model_copy(update={"folder": str(tmp_path), "dtype": dtype})
+    facts = facts.model_copy(update={"folder": str(tmp_path), "files": {}, "dtype": dtype})
     (key,) = (key for key in tensor_names(facts, tmp_path) if key.endswith("embed_tokens.weight"))
     facts = facts.model_copy(update={"embedding_key": key})
     model = load_model(facts, tmp_path)
@@ -139,7 +139,7 @@ def test_a_norm_that_is_not_known_is_refused(facts: TargetFacts, tmp_path: Path)
     small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config = AutoConfig.for_model("stablelm", **small, num_attention_heads=4, num_key_value_heads=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)  # LayerNorm: a weight and a bias
-    facts = facts.model_copy(update={"folder": str(tmp_path), "architecture": "StableLmForCausalLM"})
+    facts = facts.model_copy(update={"folder": str(tmp_path), "files": {}, "architecture": "StableLmForCausalLM"})
     with pytest.raises(UserError, match=r"final norm of StableLmForCausalLM is not one .* set extract.engine to trans"):
         load_final_norm(facts, tmp_path)
 

@@ -126,7 +126,7 @@ def test_equals_generate_one_by_one(tmp_path, target, batch_size):
     assert metrics["finished_by_length"] == reasons.count("length")
     assert metrics["generated_tokens"] == sum(end - start for row in rows for start, end in row["spans"])
     assert metrics["rows"] == 17 and metrics["train_rows"] == 12 and metrics["turns"] == len(reasons)
-    assert not list(project.paths.state.glob("sample-*"))
+    assert not list(project.paths.state.rglob("sample-*"))
 
 
 def test_no_further_turn_is_asked_where_its_answer_might_not_fit(tmp_path, target):
@@ -316,7 +316,7 @@ def test_shares_put_together_equal_one_process(tmp_path, target):
     expected = whole.run(sampling)
     for index in (2, 0, 1):
         run_share(split, sampling, index, 3)
-    logs = sorted(path.name for path in split.paths.state.glob("sample-train*.jsonl"))
+    logs = sorted(path.name for path in split.paths.state.rglob("sample-train*.jsonl"))
     assert logs == [f"sample-train.share-{index}.jsonl" for index in range(3)]
     merged = run_merge(split, sampling)
     for name in ("train", "eval"):
@@ -324,7 +324,7 @@ def test_shares_put_together_equal_one_process(tmp_path, target):
         assert one.read_bytes() == other.read_bytes()
     apart = ("tok_s", "resumed_conversations")
     assert {k: v for k, v in merged.items() if k not in apart} == {k: v for k, v in expected.items() if k not in apart}
-    assert merged["resumed_conversations"] == 17 and not list(split.paths.state.glob("sample-*"))
+    assert merged["resumed_conversations"] == 17 and not list(split.paths.state.rglob("sample-*"))
 
 
 def test_shares_that_stopped_are_gone_on_with_in_any_number(tmp_path, target):
@@ -336,7 +336,7 @@ def test_shares_that_stopped_are_gone_on_with_in_any_number(tmp_path, target):
         run_merge(project, sampling)
     assert not (project.paths.samples / "train.jsonl").exists()
     run_share(project, sampling, 0, 2)  # rows 0, 2, 4, 6, 8
-    taken = [len(read_jsonl(path)) - 1 for path in sorted(project.paths.state.glob("sample-train.share-*.jsonl"))]
+    taken = [len(read_jsonl(path)) - 1 for path in sorted(project.paths.state.rglob("sample-train.share-*.jsonl"))]
     assert taken == [5, 2]
     assert project.run(sampling)["resumed_conversations"] == 7
     assert [row["id"] for row in read(project.paths)] == [prompt["id"] for prompt in prompts]
