@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 STORE = "mlflow.db"
 MAX_PARAM_LENGTH = 6000
 """MLflow's limit on a parameter's value."""
+PARAM_ATTEMPTS = 5
 MAX_METRIC_NAME = 250
 FIRST_CONTACT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
 """MLflow's own limits (7 retries, 120 s each) would hold a stage up for minutes where no server answers."""
@@ -158,11 +159,20 @@ def set_tags(client: MlflowClient, run_id: str, tags: dict[str, str]) -> None:
 
 def log_params(client: MlflowClient, run_id: str, flat: dict[str, str]) -> None:
     from mlflow.entities import Param
+    from mlflow.exceptions import MlflowException
 
-    have = client.get_run(run_id).data.params  # a parent gets the same ones from each of its stages
-    new = [Param(key, value[:MAX_PARAM_LENGTH]) for key, value in flat.items() if key not in have]
-    for first in range(0, len(new), 100):  # log_batch's limit
-        client.log_batch(run_id, params=new[first : first + 100])
+    # A parent gets the same ones from each of its stages: where another wrote one between our look and our write, the
+    # store refuses the whole batch, and a second look finds it.
+    for attempt in range(PARAM_ATTEMPTS):
+        have = client.get_run(run_id).data.params
+        new = [Param(key, value[:MAX_PARAM_LENGTH]) for key, value in flat.items() if key not in have]
+        try:
+            for first in range(0, len(new), 100):  # log_batch's limit
+                client.log_batch(run_id, params=new[first : first + 100])
+            return
+        except MlflowException:
+            if attempt == PARAM_ATTEMPTS - 1:
+                raise
 
 
 def points(values: dict[str, float], step: int, time_ms: int) -> list[Metric]:

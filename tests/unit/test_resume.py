@@ -190,16 +190,18 @@ def test_one_writer_at_a_time_and_a_killed_one_makes_way(tmp_path: Path) -> None
         command = [sys.executable, "-c", code, str(tmp_path)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    with start(HOLD) as holder, start(WAIT) as waiting:
+    with start(HOLD) as holder:
         try:
             assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+            waiting = start(WAIT)  # only now: started together, either could be first
             assert waiting.stderr is not None
             line = waiting.stderr.readline()
             assert line == (f"train_offline@tiny waits: process {holder.pid} on {platform.node()} is at the same run\n")
             assert waiting.poll() is None
         finally:
             holder.send_signal(signal.SIGKILL)
-        assert waiting.communicate(timeout=30)[0] == "work\n"
+        with waiting:
+            assert waiting.communicate(timeout=30)[0] == "work\n"
 
 
 def test_shares_write_side_by_side_and_keep_the_stage_out(tmp_path: Path) -> None:
