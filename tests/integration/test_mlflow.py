@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -89,6 +90,30 @@ def test_the_environment_names_the_pipeline_across_processes(
     assert parent.data.tags["pipeline"] == "prefect 12-34"
     assert {runs[stage].data.tags["mlflow.parentRunId"] for stage in stages} == {parent.info.run_id}
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
+
+
+def test_a_parameter_that_another_stage_writes_meanwhile_loses_nothing(tmp_path: Path) -> None:
+    """The other stage's write falls between MLflow's own look at the table and its insert, as two processes' may."""
+    from sqlalchemy import event
+    from sqlalchemy.orm import Session
+
+    client = store.open_store(tmp_path)
+    run_id = client.create_run(store.ensure_experiment(client, "tiny", tmp_path)).info.run_id
+    others: list[dict[str, str]] = [{"train.lr": "0.1"}]
+
+    def insert_first(session: Session, *_: object) -> None:
+        if others and any(type(row).__name__ == "SqlParam" for row in session.new):
+            raise sqlite3.IntegrityError(f"UNIQUE constraint failed: params {store_other(others.pop())}")
+
+    def store_other(flat: dict[str, str]) -> str:
+        event.remove(Session, "before_flush", insert_first)
+        store.log_params(client, run_id, flat)
+        return ", ".join(flat)
+
+    event.listen(Session, "before_flush", insert_first)
+    store.log_params(client, run_id, {"train.lr": "0.1", "train.seed": "7"})
+    assert client.get_run(run_id).data.params == {"train.lr": "0.1", "train.seed": "7"}
+    assert others == []
 
 
 def test_a_teams_server_holds_runs_weights_and_champion(
