@@ -24,12 +24,11 @@ from specflow.tracking.view import VIEW_TAG, view_tag
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric, Run
+    from mlflow.entities import Metric, Param, Run
 
 STORE = "mlflow.db"
 MAX_PARAM_LENGTH = 6000
 """MLflow's limit on a parameter's value."""
-PARAM_ATTEMPTS = 5
 MAX_METRIC_NAME = 250
 FIRST_CONTACT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
 """MLflow's own limits (7 retries, 120 s each) would hold a stage up for minutes where no server answers."""
@@ -158,21 +157,27 @@ def set_tags(client: MlflowClient, run_id: str, tags: dict[str, str]) -> None:
 
 
 def log_params(client: MlflowClient, run_id: str, flat: dict[str, str]) -> None:
-    from mlflow.entities import Param
+    """Add the parameters that the run lacks: a parent gets the same ones from each of its stages."""
     from mlflow.exceptions import MlflowException
 
-    # A parent gets the same ones from each of its stages: where another wrote one between our look and our write, the
-    # store refuses the whole batch, and a second look finds it.
-    for attempt in range(PARAM_ATTEMPTS):
-        have = client.get_run(run_id).data.params
-        new = [Param(key, value[:MAX_PARAM_LENGTH]) for key, value in flat.items() if key not in have]
+    new = _missing_params(client, run_id, flat)
+    while True:
         try:
             for first in range(0, len(new), 100):  # log_batch's limit
                 client.log_batch(run_id, params=new[first : first + 100])
             return
         except MlflowException:
-            if attempt == PARAM_ATTEMPTS - 1:
+            left = _missing_params(client, run_id, flat)
+            if len(left) == len(new):
                 raise
+            new = left  # another stage wrote one between our look and our write, and the store refused the whole batch
+
+
+def _missing_params(client: MlflowClient, run_id: str, flat: dict[str, str]) -> list[Param]:
+    from mlflow.entities import Param
+
+    have = client.get_run(run_id).data.params
+    return [Param(key, value[:MAX_PARAM_LENGTH]) for key, value in flat.items() if key not in have]
 
 
 def points(values: dict[str, float], step: int, time_ms: int) -> list[Metric]:

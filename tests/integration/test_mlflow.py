@@ -94,6 +94,7 @@ def test_the_environment_names_the_pipeline_across_processes(
 
 def test_a_parameter_that_another_stage_writes_meanwhile_loses_nothing(tmp_path: Path) -> None:
     """The other stage's write falls between MLflow's own look at the table and its insert, as two processes' may."""
+    from mlflow.exceptions import MlflowException
     from sqlalchemy import event
     from sqlalchemy.orm import Session
 
@@ -114,6 +115,8 @@ def test_a_parameter_that_another_stage_writes_meanwhile_loses_nothing(tmp_path:
     store.log_params(client, run_id, {"train.lr": "0.1", "train.seed": "7"})
     assert client.get_run(run_id).data.params == {"train.lr": "0.1", "train.seed": "7"}
     assert others == []
+    with pytest.raises(MlflowException, match=r"Invalid value.*train!"):  # nobody wrote it meanwhile: no second try
+        store.log_params(client, run_id, {"train!": "1"})
 
 
 def test_a_teams_server_holds_runs_weights_and_champion(

@@ -191,16 +191,15 @@ def test_one_writer_at_a_time_and_a_killed_one_makes_way(tmp_path: Path) -> None
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     with start(HOLD) as holder:
-        try:
-            assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-            waiting = start(WAIT)  # only now: started together, either could be first
-            assert waiting.stderr is not None
-            line = waiting.stderr.readline()
-            assert line == (f"train_offline@tiny waits: process {holder.pid} on {platform.node()} is at the same run\n")
-            assert waiting.poll() is None
-        finally:
-            holder.send_signal(signal.SIGKILL)
-        with waiting:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with start(WAIT) as waiting:  # only now: of two started together either may be first
+            try:
+                assert waiting.stderr is not None
+                who = f"process {holder.pid} on {platform.node()}"
+                assert waiting.stderr.readline() == f"train_offline@tiny waits: {who} is at the same run\n"
+                assert waiting.poll() is None
+            finally:
+                holder.send_signal(signal.SIGKILL)
             assert waiting.communicate(timeout=30)[0] == "work\n"
 
 
